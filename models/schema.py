@@ -31,6 +31,8 @@ class Feature:
     owner  "impression": a value per row (user attributes, context, popularity at that moment);
            "item": a value per catalog row, the same for candidates and for history positions.
     kind   "categorical": one index; "multi": `length` indices, 0-padded; "vector": `size` floats, frozen.
+    origin where the server finds an impression feature: "user" (the online store's profile, or the user id),
+           "context" (the request), "item" (a table of each item's state now). Unused for item features.
     size   vocabulary size with the two special indices, or the width of a vector.
     vocab  the string values of indices 2, 3, …; None where the raw values are integers (they lie sorted in
            `Encoder.integers[name]`) and for vectors.
@@ -41,6 +43,7 @@ class Feature:
     kind: Literal["categorical", "multi", "vector"]
     size: int
     length: int = 1
+    origin: Literal["user", "context", "item"] | None = None
     vocab: tuple[str, ...] | None = None
 
 

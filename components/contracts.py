@@ -1,0 +1,175 @@
+"""The canonical data: what every source is turned into and every later step may rely on.
+
+    events/day=YYYY-MM-DD/part-0.parquet   user_id, item_id, timestamp, label, [true_probability], context columns
+    users.parquet                          user_id, attribute columns
+    items.parquet                          item_id, created_at, title, tags, text, attribute columns
+    modalities/NAME.parquet                item_id, vector: float32, one length; a missing modality is null or no row
+    source.json                            what the source says of itself: counts, days, the oracle's AUC
+
+Columns beyond the named ones are strings, and each becomes a categorical feature: on events a context of the
+impression, on users and items an attribute. `true_probability` is a simulator's own click probability: it measures
+the ceiling of every model, and is never a feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+UTC = pa.timestamp("us", tz="UTC")
+ORACLE = "true_probability"
+
+EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", UTC), ("label", pa.int8())])
+USERS = pa.schema([("user_id", pa.int64())])
+ITEMS = pa.schema(
+    [
+        ("item_id", pa.int64()),
+        ("created_at", UTC),
+        ("title", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("text", pa.string()),
+    ]
+)
+VECTORS = pa.schema([("item_id", pa.int64()), ("vector", pa.list_(pa.float32()))])
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The tables of a canonical folder, read when asked for."""
+
+    root: Path
+
+    def days(self) -> list[str]:
+        """The days that have a partition, YYYY-MM-DD, in order."""
+        return sorted(folder.name.removeprefix("day=") for folder in (self.root / "events").glob("day=*"))
+
+    def events(self) -> pa.Table:
+        """All impressions in their one order: day by day, and as ingested within a day."""
+        files = sorted((self.root / "events").glob("day=*/part-0.parquet"))
+        if not files:
+            raise ValueError(f"{self.root}/events holds no day; run `dvc repro ingest`")
+        return pa.concat_tables([_read(file, EVENTS, {ORACLE: pa.float32()}) for file in files])
+
+    def users(self) -> pa.Table:
+        return _read(self.root / "users.parquet", USERS, {})
+
+    def items(self) -> pa.Table:
+        return _read(self.root / "items.parquet", ITEMS, {})
+
+    def modalities(self) -> dict[str, pa.Table]:
+        """name -> (item_id, vector) for every vector modality, by name."""
+        files = sorted((self.root / "modalities").glob("*.parquet"))
+        return {file.stem: _read(file, VECTORS, {}, extra_columns=False) for file in files}
+
+
+def attributes(table: pa.Table, schema: pa.Schema) -> list[str]:
+    """The columns beyond the contract: each is a categorical feature."""
+    return [name for name in table.column_names if name not in {*schema.names, ORACLE}]
+
+
+def conform(table: pa.Table, schema: pa.Schema, where: str, *, optional: dict[str, pa.DataType] | None = None,
+            extra_columns: bool = True) -> pa.Table:  # fmt: skip
+    """The table with the contract's column order, checked column by column.
+
+    Widths may differ (int32 for int64, large_string for string, other time units); kinds may not.
+    Raises ValueError that names the place, the column, what was found and what is needed.
+    """
+    optional = optional or {}
+    columns: dict[str, pa.ChunkedArray] = {}
+    for field in schema:
+        if field.name not in table.column_names:
+            raise ValueError(
+                f"{where}: column {field.name!r} ({field.type}) is missing; it has {table.column_names}. "
+                "Add the column, or map one to this name"
+            )
+    for name in table.column_names:
+        column = table[name]
+        if name in schema.names:
+            columns[name] = _cast(column, schema.field(name).type, f"{where}: column {name!r}")
+        elif name in optional:
+            columns[name] = _cast(column, optional[name], f"{where}: column {name!r}")
+        elif extra_columns:
+            columns[name] = _cast(column, pa.string(), f"{where}: extra column {name!r}")
+        else:
+            raise ValueError(f"{where}: unknown column {name!r}; only {schema.names} belong here")
+    order = [*schema.names, *(name for name in table.column_names if name not in schema.names)]
+    return pa.table({name: columns[name] for name in order})
+
+
+def _cast(column: pa.ChunkedArray, wanted: pa.DataType, where: str) -> pa.ChunkedArray:
+    found = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_timestamp(wanted) and pa.types.is_timestamp(found) and found.tz is None:
+        raise ValueError(
+            f"{where} has times without a zone ({found}); make them UTC, e.g. pandas `.dt.tz_localize('UTC')`"
+        )
+    if _kind(found) != _kind(wanted) and not pa.types.is_null(found):
+        raise ValueError(f"{where} is {found}; it must be {wanted}. Convert it where the data is written")
+    try:
+        return column.cast(wanted)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{where} does not fit {wanted}: {error}") from None
+
+
+def _kind(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"list of {_kind(kind.value_type)}"
+    for name, test in {
+        "integer": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "string": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+        "timestamp": pa.types.is_timestamp,
+    }.items():
+        if test(kind):
+            return name
+    return str(kind)
+
+
+def _read(file: Path, schema: pa.Schema, optional: dict[str, pa.DataType], *, extra_columns: bool = True) -> pa.Table:
+    table = read_parquet(file)
+    return conform(table, schema, str(file), optional=optional, extra_columns=extra_columns)
+
+
+def read_parquet(file: Path) -> pa.Table:
+    """One parquet file. Raises ValueError where it is missing, cut short or no parquet."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there; run `dvc repro ingest`, or check the path")
+    try:
+        return pq.ParquetFile(file).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} is no whole parquet file: {error}. Write it again") from None
+
+
+def vector_matrix(vectors: pa.ChunkedArray, where: str) -> pa.FixedSizeListArray:
+    """A list column whose lists all have one length, as a fixed-size list (zero copies of the values).
+
+    Raises ValueError that names both lengths and example rows.
+    """
+    lengths = pc.list_value_length(vectors)
+    counts = pc.value_counts(lengths.drop_null().combine_chunks()).to_pylist()
+    if len(counts) > 1:
+        raise ValueError(f"{where}: vectors of several lengths: {counts}; one modality has one length")
+    if not counts or not counts[0]["values"]:
+        raise ValueError(f"{where}: no vector in it; leave the modality's file out instead")
+    array = vectors.combine_chunks()
+    return array.cast(pa.list_(pa.float32(), counts[0]["values"]))
+
+
+def write_days(events: pa.Table, root: Path) -> list[str]:
+    """Write events as one parquet file a UTC day; rows keep their order. Returns the days."""
+    day = pc.strftime(events["timestamp"], format="%Y-%m-%d")
+    ds.write_dataset(
+        events.append_column("day", day),
+        root,
+        format="parquet",
+        partitioning=ds.partitioning(pa.schema([("day", pa.string())]), flavor="hive"),
+        basename_template="part-{i}.parquet",
+        existing_data_behavior="error",
+        use_threads=False,  # rows keep their order, and the bytes do not depend on the machine
+        max_partitions=100_000,
+    )
+    return sorted(pc.unique(day).to_pylist())

@@ -1,0 +1,263 @@
+"""features: Feast sources, `feast apply`, materialization into the online store, and a check of what it serves.
+
+    user_profile      the users' attributes
+    user_clicks       at each click: where the user's history lies in the click log, known one second later at the
+                      earliest, so that clicks at the same second as an impression stay out of its history
+    user_history      the newest clicks themselves, for serving
+    item_popularity   views and clicks of the last whole days, known from the next midnight on
+    item_embedding    the fused vector, known from the item's creation on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import UTC as ZONE
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from components.artifacts import read_json, write_json
+from components.contracts import USERS, UTC, Canonical, attributes, read_parquet
+from components.validate import require
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from feast import FeatureStore
+
+SOURCES = ("user_profile", "user_clicks", "user_history", "item_popularity", "item_embedding")
+ONLINE = ("user_profile", "user_history", "item_popularity", "item_embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """availability_lag_seconds  a click, or a day's counts, is known this long after it happened
+    popularity_days           days that views and clicks are counted over
+    history_length            newest clicks kept for serving
+    online_sample             users and items read back from the online store and compared
+    """
+
+    availability_lag_seconds: int
+    popularity_days: int
+    history_length: int
+    online_sample: int
+
+    def __post_init__(self) -> None:
+        if self.availability_lag_seconds < 0:
+            raise ValueError(f"availability_lag_seconds is {self.availability_lag_seconds}; it cannot be negative")
+        for name in ("popularity_days", "history_length", "online_sample"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def run(
+    config: FeaturesConfig, canonical: Path, validation: Path, embedding: Path, repo: Path, output: Path
+) -> dict[str, Any]:
+    """Write sources/, click_log.parquet, registry.db, online.db and, last, receipt.json.
+
+    Feast's stores are opened by the paths of feature_store.yaml, so they are made in their final place: a folder
+    without receipt.json is not whole, and no later step takes it.
+
+    Raises ValueError where the repo reads other sources than `output`'s, or the online store serves other values.
+    """
+    require(validation, canonical)
+    output = output.resolve()  # Feast runs in the repo's folder
+    shutil.rmtree(output, ignore_errors=True)
+    (output / "sources").mkdir(parents=True)
+    end = write_sources(config, Canonical(canonical), embedding, output)
+    with feature_store(repo) as store:
+        apply(store, output)
+        print(f"materialize {', '.join(ONLINE)} until {end:%Y-%m-%d %H:%M:%S} UTC", flush=True)
+        store.materialize(start_date=datetime(1990, 1, 1, tzinfo=ZONE), end_date=end, feature_views=list(ONLINE))
+        checked = check_online(store, output / "sources", config.online_sample)
+    receipt = {
+        "rows": {name: pq.ParquetFile(output / "sources" / f"{name}.parquet").metadata.num_rows for name in SOURCES},
+        "clicks": pq.ParquetFile(output / "click_log.parquet").metadata.num_rows,
+        "materialized_until": end.isoformat(),
+        "online_values_compared": checked,
+        "embedding_version": read_json(embedding / "fit.json", "embed")["version"],
+    }
+    write_json(output / "receipt.json", receipt)
+    return receipt
+
+
+# ---- the sources ------------------------------------------------------------------------------------------------
+
+
+def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, output: Path) -> datetime:
+    """The parquet files that Feast joins and materializes. Returns the time after which nothing more is known."""
+    events = data.events()
+    lag_us = config.availability_lag_seconds * SECOND
+    with duckdb.connect() as db:
+        db.register(
+            "events",
+            pa.table(
+                {
+                    "user_id": events["user_id"],
+                    "item_id": events["item_id"],
+                    "label": events["label"],
+                    "us": events["timestamp"].cast(pa.int64()),
+                }
+            ),
+        )
+        # Clicks once, by user and time; a row's position in this order is what every history points at.
+        db.execute(
+            "create table clicks as select user_id, item_id, us, "
+            "row_number() over (order by user_id, us, item_id) - 1 as position from events where label = 1"
+        )
+        tables = {
+            "click_log": db.sql("select user_id, item_id, us from clicks order by position").to_arrow_table(),
+            "user_clicks": _known_at(db.execute(USER_CLICKS, {"second": SECOND, "lag": lag_us}).to_arrow_table()),
+            "user_history": _known_at(
+                db.execute(
+                    USER_HISTORY, {"second": SECOND, "lag": lag_us, "length": config.history_length}
+                ).to_arrow_table()
+            ),
+            "item_popularity": _known_at(
+                db.execute(
+                    ITEM_POPULARITY, {"day": DAY, "lag": lag_us, "days": config.popularity_days}
+                ).to_arrow_table()
+            ),
+        }
+    first = pc.min(events["timestamp"])
+    users = data.users()
+    tables["user_profile"] = users.append_column("event_timestamp", pa.repeat(first, len(users)).cast(UTC))
+    if not attributes(users, USERS):  # a view needs a feature to serve
+        tables["user_profile"] = tables["user_profile"].append_column("known", pa.repeat("yes", len(users)))
+    vectors = read_parquet(embedding / "item_embedding.parquet")
+    vectors = vectors.filter(pc.is_valid(vectors["embedding"]))
+    tables["item_embedding"] = pa.table(
+        {
+            "item_id": vectors["item_id"],
+            "embedding": vectors["embedding"].cast(pa.list_(pa.float32())),
+            "event_timestamp": vectors["created_at"],
+        }
+    )
+    pq.write_table(tables.pop("click_log"), output / "click_log.parquet")
+    for name, table in tables.items():
+        pq.write_table(table, output / "sources" / f"{name}.parquet")
+    return max(pc.max(table["event_timestamp"]).as_py() for table in tables.values() if len(table))
+
+
+SECOND = 1_000_000  # microseconds, as in the canonical timestamps
+DAY = 86_400 * SECOND
+
+USER_CLICKS = """
+    select user_id, min(first) as clicks_start, max(position) + 1 as clicks_end,
+           (us // $second + 1) * $second + $lag as us
+    from (select *, min(position) over (partition by user_id) as first from clicks)
+    group by user_id, us // $second
+    order by user_id, us
+"""
+
+USER_HISTORY = """
+    select user_id, list(item_id order by position) as history, (max(us) // $second + 1) * $second + $lag as us
+    from (select *, row_number() over (partition by user_id order by position desc) as age from clicks)
+    where age <= $length
+    group by user_id
+    order by user_id
+"""
+
+# A running sum over the days on which something enters the window or leaves it: rows grow with events, not with days.
+ITEM_POPULARITY = """
+    with daily as (
+        select item_id, us // $day as day, count(*) as views, sum(label)::bigint as clicks from events group by all
+    ), steps as (
+        select item_id, day, views, clicks from daily
+        union all select item_id, day + $days, -views, -clicks from daily
+    ), sums as (
+        select item_id, day, sum(views) as views, sum(clicks) as clicks from steps group by all
+    )
+    select item_id, (day + 1) * $day + $lag as us,
+           sum(views) over past :: bigint as views, sum(clicks) over past :: bigint as clicks
+    from sums
+    where day <= (select max(us) // $day from events)
+    window past as (partition by item_id order by day)
+    order by item_id, us
+"""
+
+
+def _known_at(table: pa.Table) -> pa.Table:
+    """Microseconds `us` -> the event_timestamp that Feast joins on."""
+    position = table.column_names.index("us")
+    return table.set_column(position, "event_timestamp", table["us"].cast(pa.int64()).cast(UTC))
+
+
+def popularity_level(counts: np.ndarray) -> np.ndarray:
+    """floor(log2(1 + count)): 0, 1, 1, 2, 2, 2, 2, 3, … int64, any shape."""
+    return np.floor(np.log2(1.0 + counts)).astype(np.int64)
+
+
+# ---- Feast ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def feature_store(repo: Path) -> Iterator[FeatureStore]:
+    """Feast's store, opened in the repo's folder as Feast's own command does: its paths are relative to it."""
+    if not (repo / "feature_store.yaml").is_file():
+        raise ValueError(f"{repo}/feature_store.yaml is not there; name the Feast repo's folder")
+    logging.getLogger("feast").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from feast import FeatureStore
+
+    with contextlib.chdir(repo):
+        yield FeatureStore(repo_path=".")
+
+
+def apply(store: FeatureStore, output: Path) -> None:
+    """Register the repo's definitions, as `feast apply` does. Raises ValueError where a source is not `output`'s."""
+    from feast.repo_operations import parse_repo
+
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = parse_repo(Path.cwd())
+    finally:
+        sys.path.pop(0)
+    for source in found.data_sources:
+        wanted = (output / "sources" / f"{source.name}.parquet").resolve()
+        if Path(source.path).resolve() != wanted:
+            raise ValueError(f"feature_repo: source {source.name} is read from {source.path}, not from {wanted}")
+    store.apply([*found.entities, *found.data_sources, *found.feature_views, *found.feature_services])
+
+
+def check_online(store: FeatureStore, sources: Path, sample: int) -> int:
+    """Read a sample of users and items back and compare. Returns the values compared.
+
+    Raises ValueError that names view, feature and entity where the online store serves something else.
+    """
+    compared = 0
+    for view in ONLINE:
+        table = read_parquet(sources / f"{view}.parquet")
+        key = table.column_names[0]
+        newest = table.to_pandas().sort_values("event_timestamp", kind="stable").groupby(key).tail(1)
+        newest = newest.sort_values(key).iloc[:: max(1, len(newest) // sample)].head(sample)
+        names = [name for name in newest.columns if name not in (key, "event_timestamp")]
+        served = store.get_online_features(
+            features=[f"{view}:{name}" for name in names], entity_rows=[{key: int(v)} for v in newest[key]]
+        ).to_dict()
+        for name in names:
+            for entity, offline, online in zip(newest[key], newest[name], served[name], strict=True):
+                compared += 1
+                if not _same(offline, online):
+                    raise ValueError(
+                        f"online store: {view}:{name} of {key} {entity} is {online!r}, offline {offline!r}; "
+                        "delete the store and run `dvc repro --force features`"
+                    )
+    return compared
+
+
+def _same(offline: Any, online: Any) -> bool:
+    if offline is None or online is None:
+        return offline is None and online is None
+    return bool(np.array_equal(np.asarray(offline), np.asarray(online, dtype=np.asarray(offline).dtype)))

@@ -1,0 +1,49 @@
+"""Sources: adapters that turn somebody's raw files into canonical tables. A new source is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from components.ingest import IngestConfig
+
+SOURCES = {
+    "simulator": "components.sources.simulator",
+    "movielens": "components.sources.movielens",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTables:
+    """What an adapter gives back; `ingest` checks it against the contract and writes it.
+
+    modalities  name -> (item_id, vector); an item without a vector has no row
+    facts       what the source says of itself, JSON-able
+    """
+
+    events: pa.Table
+    users: pa.Table
+    items: pa.Table
+    modalities: dict[str, pa.Table]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read(config: IngestConfig) -> RawTables:
+    """The raw tables of the configured source. Raises ValueError on an absent path or a broken raw file."""
+    check(config.source, config.raw)
+    adapter: Callable[[IngestConfig], RawTables] = import_module(SOURCES[config.source]).read
+    return adapter(config)
+
+
+def check(source: str, raw: str) -> None:
+    """Raises ValueError on an unknown source or a raw path that is absent."""
+    if source not in SOURCES:
+        raise ValueError(f"ingest.source: unknown source {source!r}; known are {', '.join(sorted(SOURCES))}")
+    if not Path(raw).exists():
+        raise ValueError(f"ingest.raw: {raw!r} is not there; name the path of the {source} files")

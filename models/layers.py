@@ -1,0 +1,149 @@
+"""What the models share: embeddings of impression fields, the item tower, initialisation, config checks.
+
+    field f of a row:             v_f = E_f[index]                            E_f: size_f × d
+    categorical of an item:       v_g = E_g[index]
+    set of an item (T values):    v_s = Σ_t E_s[index_t] / #{t : index_t ≠ 0}  (zero where the set is empty)
+    vector of an item:            v   = W vector,  W: E → d without bias       (zero where the item has none)
+
+E[0] = 0 and stays so: index 0 means missing or padding, so catalog row 0 is the zero vector.
+
+Shapes: those of `models.schema`, and d embedding width, N any rows, U distinct catalog rows, M item vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.schema import PADDING, Batch, Catalog, Feature, Logits, Schema
+
+
+class ImpressionFields(nn.Module):
+    """One embedding, `width` wide, for every impression field that is not excluded."""
+
+    def __init__(self, schema: Schema, exclude: Sequence[str], width: int) -> None:
+        super().__init__()
+        if bad := [f.name for f in schema.features if f.owner == "impression" and f.kind != "categorical"]:
+            raise ValueError(f"schema: impression features {bad} are no categoricals; make them item features")
+        self.columns, kept = _kept(schema.impression_fields, schema, exclude)
+        self.tables = nn.ModuleList(nn.Embedding(f.size, width, padding_idx=PADDING) for f in kept)
+
+    def forward(self, fields_BF: Tensor) -> list[Tensor]:
+        """[B, width] for each field, in the schema's order."""
+        return [table(fields_BF[:, i]) for i, table in zip(self.columns, self.tables, strict=True)]
+
+
+class ItemTower(nn.Module):
+    """The parts of an item, each `width` wide: categoricals, means of sets, the projected vector.
+
+    `project` is None where the schema has no item vector or leaves it out.
+    """
+
+    def __init__(self, schema: Schema, exclude: Sequence[str], width: int) -> None:
+        super().__init__()
+        self.columns, categoricals = _kept(schema.item_fields, schema, exclude)
+        _, sets = _kept(schema.item_sets, schema, exclude)
+        vector = schema.without(exclude).vector
+        self.set_names = [f.name for f in sets]
+        self.categoricals = nn.ModuleList(nn.Embedding(f.size, width, padding_idx=PADDING) for f in categoricals)
+        self.sets = nn.ModuleList(nn.EmbeddingBag(f.size, width, mode="mean", padding_idx=PADDING) for f in sets)
+        self.project = None if vector is None else nn.Linear(vector.size, width, bias=False)
+
+    def __len__(self) -> int:
+        return len(self.categoricals) + len(self.sets) + (self.project is not None)
+
+    def forward(self, rows_N: Tensor, catalog: Catalog) -> list[Tensor]:
+        """[N, width] for each part of the items in these catalog rows (int64)."""
+        index_NG = catalog.categorical_IG[rows_N].long()
+        parts = [table(index_NG[:, i]) for i, table in zip(self.columns, self.categoricals, strict=True)]
+        for name, table in zip(self.set_names, self.sets, strict=True):
+            parts.append(table(catalog.sets[name][rows_N].long()))
+        if self.project is not None:
+            assert catalog.vector_IE is not None, "the schema has an item vector, the catalog has none"
+            parts.append(self.project(catalog.vector_IE[rows_N].to(self.project.weight.dtype)))
+        return parts
+
+
+class Ranker(nn.Module):
+    """What training, evaluation and serving know of every model."""
+
+    fields: ImpressionFields
+    items: ItemTower
+
+    def forward(self, batch: Batch, catalog: Catalog, clicks_C: Tensor) -> Logits:
+        """Logits of the rows of a batch; `clicks_C` is the flat click log, catalog rows of any int dtype."""
+        raise NotImplementedError
+
+    def loss(self, logits: Logits, label_B: Tensor) -> Tensor:
+        """The scalar to minimise."""
+        raise NotImplementedError
+
+    def regularised_parameters(self) -> list[nn.Parameter]:
+        """What the published L2 covers: every embedding table and the vector projection."""
+        return [*self.fields.parameters(), *self.items.parameters()]
+
+
+def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
+    """(rows_U, index_N) with rows_U[index_N] = rows_N: the sorted distinct catalog rows, int64.
+
+    The same as `torch.unique`, but by marking a catalog-sized mask, which sorts nothing.
+    """
+    seen_I = torch.zeros(catalog_size, dtype=torch.bool, device=rows_N.device)
+    seen_I[rows_N] = True
+    return seen_I.nonzero().squeeze(1), (seen_I.cumsum(0) - 1)[rows_N]
+
+
+def initialise(model: nn.Module) -> None:
+    """The published start: Linear xavier-normal with zero bias, embeddings N(0, std 1e-4), padding zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            nn.init.normal_(module.weight, std=1e-4)
+            with torch.no_grad():
+                module.weight[PADDING].zero_()
+
+
+def require(config: object, field: str, holds: bool, remedy: str) -> None:
+    """ValueError that names a config's field, its value and what to give instead, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: {remedy}")
+
+
+def require_positive(config: object, *fields: str) -> None:
+    for field in fields:
+        require(config, field, _is_int(value := getattr(config, field)) and value > 0, "give a whole number from 1 up")
+
+
+def require_rate(config: object, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        holds = (isinstance(value, float) or _is_int(value)) and 0 <= value < 1
+        require(config, field, holds, "give a number from 0 up to, not including, 1")
+
+
+def require_flag(config: object, *fields: str) -> None:
+    for field in fields:
+        require(config, field, isinstance(getattr(config, field), bool), "give true or false")
+
+
+def require_names(config: object, field: str) -> None:
+    names = getattr(config, field)
+    holds = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    require(config, field, holds, "give a tuple of feature names")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _kept(features: Sequence[Feature], schema: Schema, exclude: Sequence[str]) -> tuple[list[int], list[Feature]]:
+    """Columns and features that stay. Columns count in the full schema, which is how batch and catalog are laid out."""
+    left = {feature.name for feature in schema.without(exclude).features}
+    kept = [(column, feature) for column, feature in enumerate(features) if feature.name in left]
+    return [column for column, _ in kept], [feature for _, feature in kept]

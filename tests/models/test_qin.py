@@ -1,0 +1,207 @@
+"""QIN equals the published network: same weights, same logits, same gradients; and has its number of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import qin as published_qin
+
+from models.layers import distinct_rows
+from models.qin import QIN, QINConfig
+from models.schema import PADDING, Feature, Schema
+
+SMALL = {"dim": 4, "attention_dim": 6, "layers": 2, "rows": 3}
+
+
+def compare(world, config, shaken, *, training, atol=1e-9, seed=0):
+    """Logits and every gradient of the module and of the oracle, dropout replayed by seed."""
+    model = QIN(config, world.schema).to(
+        world.catalog.vector_IE.dtype if world.catalog.vector_IE is not None else torch.float64
+    )
+    shaken(model, seed)
+    model.train(training)
+    inputs = (world.batch, world.catalog, world.clicks_C)
+    state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
+    torch.manual_seed(seed)
+    wanted_B = published_qin(state, config, world.schema, *inputs, training=training)
+    torch.manual_seed(seed)
+    logits = model(*inputs)
+    torch.testing.assert_close(logits.logit_B, wanted_B, rtol=atol, atol=atol)
+    assert wanted_B.std() > 1e-3  # the rows differ, so equality says something
+    parameters = dict(model.named_parameters())
+    label_B = world.batch.label_B.to(wanted_B.dtype)
+    wanted = torch.autograd.grad(
+        torch.nn.functional.binary_cross_entropy_with_logits(wanted_B, label_B),
+        list(parameters.values()),
+        materialize_grads=True,
+    )
+    found = torch.autograd.grad(
+        model.loss(logits, world.batch.label_B), list(parameters.values()), materialize_grads=True
+    )
+    for name, a, b in zip(parameters, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=max(atol, 1e-8), atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+    return model, dict(zip(parameters, found, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_equals_the_published_form(make_world, shaken, training, dropout):
+    _, gradients = compare(make_world(), QINConfig(**SMALL, dropout=dropout), shaken, training=training)
+    still = [name for name, gradient in gradients.items() if gradient.abs().max() == 0]
+    assert still == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vector": 0},
+        {"sets": 0},
+        {"sets": 2, "categoricals": 3},
+        {"history": 0},
+        {"history": 0, "vector": 0},
+        {"fields": 0},
+        {"fields": 3, "history": 1},
+        {"clicks": 0},
+        {"categoricals": 0, "sets": 0},
+    ],
+    ids=str,
+)
+def test_equals_the_published_form_on_every_kind_of_schema(make_world, shaken, options):
+    compare(make_world(**options), QINConfig(**SMALL, dropout=0.0), shaken, training=True)
+
+
+def test_equals_the_published_form_in_float32(make_world, shaken):
+    world = make_world(dtype=torch.float32)
+    compare(world, QINConfig(**SMALL, dropout=0.0), shaken, training=False, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(2, 12),
+    items=st.integers(3, 20),
+    fields=st.integers(0, 3),
+    sets=st.integers(0, 2),
+    vector=st.sampled_from([0, 1, 6]),
+    history=st.integers(0, 5),
+    seed=st.integers(0, 99),
+    dim=st.integers(1, 5),
+    quadratic_rows=st.integers(1, 3),
+    layers=st.integers(1, 2),
+)
+def test_equals_the_published_form_whatever_the_shapes(
+    make_world, shaken, rows, items, fields, sets, vector, history, seed, dim, quadratic_rows, layers
+):
+    world = make_world(seed=seed, rows=rows, items=items, fields=fields, sets=sets, vector=vector, history=history)
+    config = QINConfig(dim=dim, attention_dim=3, layers=layers, rows=quadratic_rows, dropout=0.2)
+    model = QIN(config, world.schema).double().eval()
+    shaken(model, seed)
+    inputs = (world.batch, world.catalog, world.clicks_C)
+    wanted_B = published_qin(model.state_dict(), config, world.schema, *inputs, training=False)
+    torch.testing.assert_close(model(*inputs).logit_B, wanted_B, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(4, 31_244_293), (3, 27_045_893)])
+def test_has_the_published_number_of_parameters(rows, count):
+    schema = Schema(
+        features=(
+            Feature(name="likes_level", owner="impression", kind="categorical", size=11),
+            Feature(name="views_level", owner="impression", kind="categorical", size=11),
+            Feature(name="item_id", owner="item", kind="categorical", size=91_718),
+            Feature(name="item_tags", owner="item", kind="multi", size=11_740, length=5),
+            Feature(name="item_emb_d128", owner="item", kind="vector", size=128),
+        ),
+        history_length=64,
+    )
+    with torch.device("meta"):
+        model = QIN(QINConfig(rows=rows), schema)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in model.regularised_parameters()) == 128 * (11 + 11 + 91_718 + 11_740 + 128)
+
+
+def test_padding_and_what_lies_before_the_history_change_nothing(make_world, shaken):
+    world = make_world()
+    model = QIN(QINConfig(**SMALL), world.schema).double().eval()
+    shaken(model)
+    before_B = model(world.batch, world.catalog, world.clicks_C).logit_B
+    used = {
+        p
+        for a, b in zip(world.batch.start_B.tolist(), world.batch.end_B.tolist(), strict=True)
+        for p in range(max(a, b - world.schema.history_length), b)
+    }
+    clicks_C = world.clicks_C.clone()
+    unused = [p for p in range(len(clicks_C)) if p not in used]
+    assert unused
+    clicks_C[unused] = 1 + clicks_C[unused] % 11
+    torch.testing.assert_close(model(world.batch, world.catalog, clicks_C).logit_B, before_B, rtol=0, atol=0)
+    for row in model.items.categoricals:
+        assert row.weight[PADDING].abs().max() == 0
+
+
+def test_the_item_tower_sees_each_distinct_row_once(make_world):
+    world = make_world(rows=50)
+    model = QIN(QINConfig(**SMALL), world.schema).double().eval()
+    seen = []
+    model.items.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(world.batch, world.catalog, world.clicks_C)
+    assert len(seen) == 1
+    assert len(seen[0]) == len(set(seen[0].tolist())) <= len(world.catalog)
+
+
+def test_distinct_rows_are_those_of_unique():
+    rows_N = torch.tensor([5, 0, 5, 2, 9, 0])
+    rows_U, index_N = distinct_rows(rows_N, 10)
+    wanted_U, wanted_N = torch.unique(rows_N, return_inverse=True)
+    assert torch.equal(rows_U, wanted_U)
+    assert torch.equal(index_N, wanted_N)
+
+
+def test_excluded_features_do_not_reach_the_model(make_world, shaken):
+    world = make_world(fields=3)
+    config = QINConfig(**SMALL, exclude=("field_0", "kind_1", "vector"), dropout=0.0)
+    model, _ = compare(world, config, shaken, training=False)
+    inputs = world.batch, world.catalog, world.clicks_C
+    before_B = model(*inputs).logit_B
+    world.batch.fields_BF[:, 0] = 1
+    world.catalog.categorical_IG[:, 1] = 1
+    world.catalog.vector_IE.fill_(7)
+    assert torch.equal(model(*inputs).logit_B, before_B)
+    world.batch.fields_BF[:, 1] = 1
+    assert not torch.equal(model(*inputs).logit_B, before_B)
+
+
+def test_starts_as_published(make_world):
+    model = QIN(QINConfig(dim=64), make_world(items=400).schema)
+    table = model.items.categoricals[0].weight
+    assert table[1:].std().item() == pytest.approx(1e-4, rel=0.05)
+    assert table[PADDING].abs().max() == 0
+    weight = model.attention.query.weight
+    assert weight.std().item() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.05)
+    assert model.layers[0].project.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dim", 0),
+        ("dim", 2.0),
+        ("attention_dim", -1),
+        ("layers", 0),
+        ("rows", True),
+        ("dropout", 1.0),
+        ("dropout", "0.1"),
+        ("exclude", ["item_id"]),
+    ],
+)
+def test_config_refuses_by_name_and_value(field, value):
+    with pytest.raises(ValueError, match=rf"QINConfig\.{field} = .*{value!r}".replace("[", r"\[").replace("]", r"\]")):
+        QINConfig(**{field: value})
+
+
+def test_refuses_unknown_and_too_many_exclusions(make_world):
+    schema = make_world().schema
+    with pytest.raises(ValueError, match="no feature \\['colour'\\]"):
+        QIN(QINConfig(exclude=("colour",)), schema)
+    with pytest.raises(ValueError, match="no item feature left"):
+        QIN(QINConfig(exclude=("item_id", "kind_1", "set_0", "vector")), schema)

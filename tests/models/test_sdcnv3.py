@@ -1,0 +1,229 @@
+"""SDCNv3 equals the published network: same weights, same logits, same gradients; and has its number of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from published import sdcnv3 as published_sdcnv3
+from torch.nn import functional as F  # noqa: N812
+
+from models.schema import Feature, Schema
+from models.sdcnv3 import SDCNv3, SDCNv3Config
+
+SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
+STILL = {"deep_dropout": 0.0, "shallow_dropout": 0.0}
+TABULAR = {"categoricals": 0, "sets": 0, "vector": 0, "history": 0}
+
+
+def published_loss(deep_B, shallow_B, label_B):
+    label_B = label_B.to(deep_B.dtype)
+    if shallow_B is None:
+        return F.binary_cross_entropy_with_logits(deep_B, label_B)
+    whole, deep, shallow = (
+        F.binary_cross_entropy(torch.sigmoid(z_B), label_B) for z_B in ((deep_B + shallow_B) * 0.5, deep_B, shallow_B)
+    )
+    return whole + torch.clamp(deep - whole, min=0) * deep + torch.clamp(shallow - whole, min=0) * shallow
+
+
+def compare(world, config, shaken, *, training, dtype=torch.float64, tolerance=1e-9, seed=0):
+    """Logits and every gradient of the module and of the oracle, dropout replayed by seed."""
+    model = SDCNv3(config, world.schema).to(dtype)
+    shaken(model, seed)
+    model.train(training)
+    inputs = (world.batch, world.catalog, world.clicks_C)
+    state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
+    torch.manual_seed(seed)
+    deep_B, shallow_B = published_sdcnv3(state, config, world.schema, *inputs, training=training)
+    torch.manual_seed(seed)
+    logits = model(*inputs)
+    wanted_B = deep_B if shallow_B is None else (deep_B + shallow_B) * 0.5
+    assert wanted_B.std() > 1e-3  # the rows differ, so equality says something
+    torch.testing.assert_close(logits.logit_B, wanted_B, rtol=tolerance, atol=tolerance)
+    if shallow_B is None:
+        assert logits.parts_B == ()
+    else:
+        torch.testing.assert_close(logits.parts_B, (deep_B, shallow_B), rtol=tolerance, atol=tolerance)
+    parameters = dict(model.named_parameters())
+    loss, wanted_loss = model.loss(logits, world.batch.label_B), published_loss(deep_B, shallow_B, world.batch.label_B)
+    torch.testing.assert_close(loss, wanted_loss, rtol=tolerance, atol=tolerance)
+    found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    wanted = torch.autograd.grad(wanted_loss, list(parameters.values()), materialize_grads=True)
+    for name, a, b in zip(parameters, found, wanted, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=max(tolerance, 1e-8), atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    return model, dict(zip(parameters, found, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("norms", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_equals_the_published_form(make_world, shaken, training, heads, norms):
+    layer_norm, batch_norm = norms
+    config = SDCNv3Config(**SMALL, heads=heads, layer_norm=layer_norm, batch_norm=batch_norm)
+    _, gradients = compare(make_world(), config, shaken, training=training)
+    assert [name for name, gradient in gradients.items() if gradient.abs().max() == 0] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vector": 0},
+        {"sets": 0, "fields": 1},
+        {"sets": 2, "categoricals": 3},
+        {"history": 0},
+        {"clicks": 0},
+        {"categoricals": 0},
+        TABULAR | {"fields": 1},
+        TABULAR | {"fields": 5, "items": 2, "clicks": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("towers", ["both", "deep"])
+def test_equals_the_published_form_on_every_kind_of_schema(make_world, shaken, options, towers):
+    if options.get("items") == 2:
+        world = make_world(**options | {"items": 3})  # a table of impressions alone still has catalog rows 0 and 1
+    else:
+        world = make_world(**options)
+    exclude = ()
+    compare(world, SDCNv3Config(**SMALL, **STILL, towers=towers, exclude=exclude), shaken, training=True)
+
+
+def test_equals_the_published_form_in_float32(make_world, shaken):
+    world = make_world(dtype=torch.float32)
+    compare(world, SDCNv3Config(**SMALL), shaken, training=False, dtype=torch.float32, tolerance=1e-5)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(2, 12),
+    items=st.integers(3, 20),
+    fields=st.integers(1, 4),
+    sets=st.integers(0, 2),
+    vector=st.sampled_from([0, 1, 6]),
+    history=st.integers(0, 5),
+    seed=st.integers(0, 99),
+    half=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    deep=st.integers(1, 3),
+    shallow=st.integers(1, 3),
+)
+def test_equals_the_published_form_whatever_the_shapes(
+    make_world, shaken, rows, items, fields, sets, vector, history, seed, half, heads, deep, shallow
+):
+    world = make_world(seed=seed, rows=rows, items=items, fields=fields, sets=sets, vector=vector, history=history)
+    config = SDCNv3Config(dim=2 * half, heads=heads, deep_layers=deep, shallow_layers=shallow)
+    model = SDCNv3(config, world.schema).double().eval()
+    shaken(model, seed)
+    inputs = (world.batch, world.catalog, world.clicks_C)
+    wanted = published_sdcnv3(model.state_dict(), config, world.schema, *inputs, training=False)
+    torch.testing.assert_close(model(*inputs).parts_B, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_has_the_published_number_of_parameters():
+    # vocabularies of the published MovieLens-1M run, with the padding and the unknown index
+    sizes = {"UserID": 6_042, "Gender": 4, "Age": 9, "Occupation": 23}
+    schema = Schema(
+        features=(
+            *(Feature(name=n, owner="impression", kind="categorical", size=size) for n, size in sizes.items()),
+            Feature(name="MovieID", owner="item", kind="categorical", size=3_643),
+            Feature(name="Release", owner="item", kind="categorical", size=10),
+            Feature(name="Genres", owner="item", kind="multi", size=20, length=5),
+        ),
+        history_length=0,
+    )
+    model = SDCNv3(SDCNv3Config(), schema)
+    assert sum(p.numel() for p in model.parameters()) == 201_728
+
+
+@pytest.mark.parametrize("clicks", ["none", "empty ranges"])
+def test_an_empty_history_is_a_zero_vector(make_world, clicks):
+    world = make_world()
+    if clicks == "none":
+        clicks_C, batch = world.clicks_C[:0], world.batch
+    else:
+        clicks_C, batch = world.clicks_C, world.batch._replace(start_B=world.batch.end_B)
+    model = SDCNv3(SDCNv3Config(**SMALL), world.schema).double()
+    seen = []
+    model.deep.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(batch, world.catalog, clicks_C)
+    halves = seen[0].unflatten(2, (2, -1, 2))  # [B, H, half, F', d/2]; the last two fields are the history's
+    assert halves[..., -2:, :].abs().max() == 0
+    assert halves[..., :-2, :].abs().max() > 0
+
+
+def test_excluded_features_do_not_reach_the_model(make_world, shaken):
+    world = make_world(fields=3)
+    config = SDCNv3Config(**SMALL, exclude=("field_1", "item_id"))
+    model, _ = compare(world, config, shaken, training=False)
+    inputs = world.batch, world.catalog, world.clicks_C
+    before_B = model(*inputs).logit_B
+    world.batch.fields_BF[:, 1] = 1
+    world.catalog.categorical_IG[1:, 0] = 1
+    assert torch.equal(model(*inputs).logit_B, before_B)
+    world.catalog.categorical_IG[1:, 1] = 1
+    assert not torch.equal(model(*inputs).logit_B, before_B)
+
+
+def test_detached_loss_weights_change_gradients_and_not_the_loss(make_world, shaken):
+    world = make_world()
+    losses, gradients = [], []
+    for detach in (False, True):
+        model = SDCNv3(SDCNv3Config(**SMALL, detach_loss_weights=detach), world.schema).double().eval()
+        shaken(model)
+        loss = model.loss(model(world.batch, world.catalog, world.clicks_C), world.batch.label_B)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.deep.out.weight.grad)
+    assert losses[0] == losses[1]
+    assert not torch.allclose(*gradients)
+
+
+def test_regularises_tables_and_projection_alone(make_world):
+    model = SDCNv3(SDCNv3Config(**SMALL), make_world().schema)
+    covered = {id(p) for p in model.regularised_parameters()}
+    names = {name for name, p in model.named_parameters() if id(p) in covered}
+    assert names == {
+        "fields.tables.0.weight",
+        "fields.tables.1.weight",
+        "items.categoricals.0.weight",
+        "items.categoricals.1.weight",
+        "items.sets.0.weight",
+        "items.project.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dim", 3),
+        ("dim", 0),
+        ("heads", 0),
+        ("deep_layers", 0),
+        ("shallow_layers", 1.5),
+        ("deep_dropout", -0.1),
+        ("shallow_dropout", 1),
+        ("layer_norm", 1),
+        ("batch_norm", "yes"),
+        ("towers", "shallow"),
+        ("detach_loss_weights", None),
+        ("exclude", "item_id"),
+    ],
+)
+def test_config_refuses_by_name_and_value(field, value):
+    with pytest.raises(ValueError, match=rf"SDCNv3Config\.{field} = {value!r}: give"):
+        SDCNv3Config(**{field: value})
+
+
+def test_refuses_a_schema_with_nothing_left(make_world):
+    world = make_world(**TABULAR, fields=1)
+    with pytest.raises(ValueError, match="no feature left"):
+        SDCNv3(SDCNv3Config(exclude=("field_0",)), world.schema)
+
+
+def test_refuses_impression_features_that_are_no_categoricals():
+    schema = Schema(features=(Feature(name="words", owner="impression", kind="multi", size=9),), history_length=0)
+    with pytest.raises(ValueError, match="\\['words'\\]"):
+        SDCNv3(SDCNv3Config(), schema)
