@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from components.artifacts import file_hash, new_folder, write_json
 from components.contracts import Canonical, vector_matrix
-from components.splits import SplitConfig, split_days
+from components.splits import SplitConfig, rows_by_day, split_days
 from components.validate import require
 
 FIT_BATCH = 8192  # items transformed at once
@@ -107,10 +107,8 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
 def training_items(data: Canonical, split: SplitConfig) -> pa.Array:
     """Ids of the items shown in the training days."""
     events = data.events()
-    day = pc.strftime(events["timestamp"], format="%Y-%m-%d")
-    counts = pc.value_counts(day.combine_chunks())
-    by_day = dict(sorted(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True)))
-    cut = split_days(list(by_day), list(by_day.values()), split)
+    rows = rows_by_day(events)
+    cut = split_days(list(rows), list(rows.values()), split)
     return pc.unique(events["item_id"].slice(0, cut.valid_start))
 
 

@@ -116,19 +116,15 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
             "create table clicks as select user_id, item_id, us, "
             "row_number() over (order by user_id, us, item_id) - 1 as position from events where label = 1"
         )
+
+        def ask(query: str, **values: int) -> pa.Table:
+            return _known_at(db.sql(query, params=values).to_arrow_table())
+
         tables = {
             "click_log": db.sql("select user_id, item_id, us from clicks order by position").to_arrow_table(),
-            "user_clicks": _known_at(db.execute(USER_CLICKS, {"second": SECOND, "lag": lag_us}).to_arrow_table()),
-            "user_history": _known_at(
-                db.execute(
-                    USER_HISTORY, {"second": SECOND, "lag": lag_us, "length": config.history_length}
-                ).to_arrow_table()
-            ),
-            "item_popularity": _known_at(
-                db.execute(
-                    ITEM_POPULARITY, {"day": DAY, "lag": lag_us, "days": config.popularity_days}
-                ).to_arrow_table()
-            ),
+            "user_clicks": ask(USER_CLICKS, second=SECOND, lag=lag_us),
+            "user_history": ask(USER_HISTORY, second=SECOND, lag=lag_us, length=config.history_length),
+            "item_popularity": ask(ITEM_POPULARITY, day=DAY, lag=lag_us, days=config.popularity_days),
         }
     first = pc.min(events["timestamp"])
     users = data.users()
@@ -208,9 +204,9 @@ def feature_store(repo: Path) -> Iterator[FeatureStore]:
     if not (repo / "feature_store.yaml").is_file():
         raise ValueError(f"{repo}/feature_store.yaml is not there; name the Feast repo's folder")
     logging.getLogger("feast").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
     from feast import FeatureStore
 
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # Ibis warns of its own calls, once a query
     with contextlib.chdir(repo):
         yield FeatureStore(repo_path=".")
 

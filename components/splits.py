@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
@@ -18,6 +21,12 @@ class SplitConfig:
         for name in ("valid_share", "test_share"):
             if not 0 < getattr(self, name) < 0.5:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the rows in (0, 0.5)")
+
+
+def rows_by_day(events: pa.Table) -> dict[str, int]:
+    """UTC day -> impressions, in order of days."""
+    counts = pc.value_counts(pc.strftime(events["timestamp"], format="%Y-%m-%d").combine_chunks())
+    return dict(sorted(zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True)))
 
 
 class Split(NamedTuple):

@@ -229,7 +229,7 @@ def event_frame(data: Canonical) -> pd.DataFrame:
 
 def _partition_days(data: Canonical) -> pd.Series:
     rows = [_rows(data, day) for day in data.days()]
-    return pd.Series(np.repeat(pd.to_datetime(data.days(), utc=True).to_numpy(), rows)).dt.tz_localize("UTC")
+    return pd.Series(pd.to_datetime(data.days(), utc=True).repeat(rows))
 
 
 def _rows(data: Canonical, day: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -77,16 +77,16 @@ def random_world(
         fields_BF=torch.stack([integers(4 + i, rows) for i in range(fields)], 1)
         if fields
         else torch.zeros(rows, 0, dtype=torch.int64),
-        item_B=integers(items, rows, low=1),
-        start_B=(end_B - length_B).clamp(min=0),
-        end_B=end_B,
+        item_B=integers(items, rows, low=1).int(),
+        start_B=(end_B - length_B).clamp(min=0).int(),
+        end_B=end_B.int(),
         label_B=integers(2, rows).float(),
     )
     raw_values = {f.name: torch.arange(f.size - SPECIAL) * 3 for f in features if f.kind != "vector"}
     return World(schema, Encoder(schema, raw_values), catalog, integers(items, clicks, low=1).int(), batch)
 
 
-def shake(model: nn.Module, seed: int = 0, scale: float = 0.4) -> None:
+def shake(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
     """Weights and running statistics far from their start, so that every term of the network counts."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -98,6 +98,15 @@ def shake(model: nn.Module, seed: int = 0, scale: float = 0.4) -> None:
         for module in model.modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 module.weight[0] = 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose time between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

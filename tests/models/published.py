@@ -122,7 +122,7 @@ def sdcnv3(
     fields += item_parts(state, schema, config.exclude, batch.item_B.long(), catalog)
     if schema.history_length > 0:
         hist_BL = histories(batch, clicks_C, schema.history_length)
-        if "item_id" not in config.exclude:
+        if schema.item_fields and "item_id" not in config.exclude:
             ids = embed(state["items.categoricals.0.weight"], catalog.categorical_IG[hist_BL][..., 0])
             fields.append(masked_mean(ids, hist_BL != 0))
         if schema.vector is not None and schema.vector.name not in config.exclude:

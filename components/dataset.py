@@ -1,0 +1,327 @@
+"""dataset: Feast's point-in-time join -> training arrays, vocabularies and the catalog of items.
+
+    rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle]
+                          and click_log, user_ids; integers as narrow as they fit
+    encoder/              schema.json and catalog.safetensors: what every index means
+    dataset.json          row ranges of train, valid and test, hashes, counts
+
+A history is click_log[end - length : end]. Vocabularies are those of the training days alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components.artifacts import file_hash, new_folder, read_json, write_json
+from components.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
+from components.splits import SplitConfig, rows_by_day, split_days
+from models.registry import load_encoder, save_encoder
+from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
+
+TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """history_length  newest clicks of a user that a row points at
+    min_count       rows of the training days in which a value must occur to get an index of its own
+    max_tags        tags kept of an item
+    """
+
+    history_length: int
+    min_count: int
+    max_tags: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.history_length < 2**15:
+            raise ValueError(f"history_length is {self.history_length}; it must be in [0, 32767]")
+        for name in ("min_count", "max_tags"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset on one device. Rows are in time order; `splits[name]` is a range of them.
+
+    columns   the tensors of rows.safetensors
+    facts     dataset.json
+    """
+
+    encoder: Encoder
+    catalog: Catalog
+    columns: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Raises ValueError where a file is missing or is not the one that dataset.json names."""
+        facts = read_json(folder / "dataset.json", "dataset")
+        if file_hash(folder / "rows.safetensors") != facts["data_sha256"]:
+            raise ValueError(f"{folder}/rows.safetensors is not the file that was written; run `dvc repro dataset`")
+        encoder, catalog, found = load_encoder(folder / "encoder")
+        if found != facts["schema_hash"]:
+            raise ValueError(f"{folder}/encoder is not the one that was written; run `dvc repro dataset`")
+        with safe_open(folder / "rows.safetensors", framework="pt") as opened:
+            columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return cls(encoder, catalog, columns, facts)
+
+    @property
+    def schema(self) -> Schema:
+        return self.encoder.schema
+
+    @property
+    def splits(self) -> dict[str, tuple[int, int]]:
+        return {name: (start, end) for name, (start, end) in self.facts["splits"].items()}
+
+    @property
+    def click_log(self) -> Tensor:
+        return self.columns["click_log"]
+
+    def to(self, device: torch.device | str) -> Dataset:
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return Dataset(self.encoder, self.catalog.to(device), columns, self.facts)
+
+    def batch(self, rows: Tensor | slice) -> Batch:
+        """The rows (int64 indices, or a slice) as a batch, gathered on the device."""
+        columns = self.columns
+        fields = [columns[f"field.{feature.name}"][rows].long() for feature in self.schema.impression_fields]
+        item_B, end_B = columns["item"][rows].long(), columns["end"][rows].long()
+        return Batch(
+            torch.stack(fields, 1) if fields else item_B.new_zeros(len(item_B), 0),
+            item_B,
+            end_B - columns["length"][rows].long(),
+            end_B,
+            columns["label"][rows].float(),
+        )
+
+    def user_ids(self, rows: Tensor | slice) -> Tensor:
+        """Raw user ids, int64."""
+        return self.columns["user_ids"][self.columns["user"][rows].long()]
+
+
+def run(
+    config: DatasetConfig, split: SplitConfig, canonical: Path, features: Path, repo: Path, output: Path
+) -> dict[str, Any]:
+    """Join, encode and write. Raises ValueError where the join lost rows or the days cannot be split."""
+    receipt = read_json(features / "receipt.json", "features")
+    data = Canonical(canonical)
+    events = data.events()
+    joined, vectors = join(events, data.items()["item_id"], repo)
+    rows = rows_by_day(events)
+    cut = split_days(list(rows), list(rows.values()), split)
+    encoder, catalog = fit(config, joined, cut.valid_start, data, vectors, receipt["embedding_version"])
+    columns = encode(config, joined, encoder, catalog)
+    log = torch.from_numpy(read_parquet(features / "click_log.parquet")["item_id"].to_numpy().copy())
+    columns["click_log"] = catalog.rows(log).to(torch.int32)
+    narrow = {name: _narrow(column) for name, column in columns.items()}
+    splits = {
+        "train": (0, cut.valid_start), "valid": (cut.valid_start, cut.test_start), "test": (cut.test_start, len(events)),
+    }  # fmt: skip
+    label = columns["label"].double()
+    with new_folder(output) as folder:
+        save_encoder(folder / "encoder", encoder, catalog)
+        save_file(narrow, folder / "rows.safetensors")
+        facts = {
+            "splits": splits,
+            "valid_from": cut.valid_day,
+            "test_from": cut.test_day,
+            "label_rate": {name: float(label[start:end].mean()) for name, (start, end) in splits.items()},
+            "items": len(catalog) - SPECIAL,
+            "clicks": len(log),
+            "bytes_per_row": sum(
+                c.element_size() for n, c in narrow.items() if n not in ("click_log", "user_ids")
+            ),
+            "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
+            "data_sha256": file_hash(folder / "rows.safetensors"),
+        }  # fmt: skip
+        write_json(folder / "dataset.json", facts)
+    return facts
+
+
+class Joined(NamedTuple):
+    """Every impression with its features, in event order. `strings` and `integers` are the impression's fields."""
+
+    labels: np.ndarray
+    oracle: np.ndarray | None
+    item_ids: np.ndarray
+    user_ids: np.ndarray
+    clicks_start: np.ndarray
+    clicks_end: np.ndarray
+    origin: dict[str, str]
+    fields: dict[str, pa.ChunkedArray]
+
+
+def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joined, np.ndarray]:
+    """The point-in-time join of all impressions, and the items' vectors as known at the last of them.
+
+    events  canonical events; item_ids  canonical item ids. Returns the joined rows and float32 [items, width],
+    zero where an item has no vector. Raises ValueError where Feast gives back other rows than it was given.
+    """
+    import pyarrow as pa
+    from components.contracts import EVENTS, ORACLE, UTC, attributes, vector_matrix
+    from components.features import feature_store, popularity_level
+
+    entities = pa.table(
+        {
+            "row_id": np.arange(len(events)),
+            "user_id": events["user_id"],
+            "item_id": events["item_id"],
+            "event_timestamp": events["timestamp"],
+        }
+    )
+    last = pc.max(events["timestamp"])
+    every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
+    with feature_store(repo) as store:
+        print(f"point-in-time join of {len(events):,} impressions", flush=True)
+        table = store.get_historical_features(
+            entity_df=entities.to_pandas(), features=store.get_feature_service("training")
+        ).to_arrow()
+        known = store.get_historical_features(
+            entity_df=every_item.to_pandas(), features=store.get_feature_service("catalog")
+        ).to_arrow()
+    table = table.sort_by("row_id")  # no offline store keeps the order
+    if not np.array_equal(table["row_id"].to_numpy(), np.arange(len(events))):
+        raise ValueError(f"dataset: {len(events)} impressions went into Feast's join, {len(table)} came back")
+    fields: dict[str, pa.ChunkedArray] = {"user_id": events["user_id"]}
+    origin = {"user_id": "user"}
+    profile = [
+        name
+        for name in table.column_names
+        if name not in {*entities.column_names, "clicks_start", "clicks_end", "views", "clicks"}
+    ]
+    for name in profile:
+        fields[name], origin[name] = table[name], "user"
+    for name in attributes(events, EVENTS):
+        fields[name], origin[name] = events[name], "context"
+    for name in ("views", "clicks"):
+        counts = table[name].to_numpy(zero_copy_only=False)
+        level = popularity_level(np.nan_to_num(counts.astype(np.float64)))
+        fields[f"{name}_level"] = pa.chunked_array([pa.array(level, mask=pc.is_null(table[name]).to_numpy())])
+        origin[f"{name}_level"] = "item"
+    start, end = (table[n].fill_null(0).cast(pa.int64()).to_numpy() for n in ("clicks_start", "clicks_end"))
+    known = known.filter(pc.is_valid(known["embedding"]))
+    vectors = vector_matrix(known["embedding"].cast(pa.list_(pa.float32())), "Feast item_embedding")
+    matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(known), -1)
+    position = pc.index_in(item_ids, value_set=known["item_id"].combine_chunks()).fill_null(-1).to_numpy()
+    found = np.zeros((len(item_ids), matrix.shape[1]), dtype=np.float32)
+    found[position >= 0] = matrix[position[position >= 0]]
+    joined = Joined(
+        labels=events["label"].to_numpy(),
+        oracle=events[ORACLE].to_numpy() if ORACLE in events.column_names else None,
+        item_ids=events["item_id"].to_numpy(),
+        user_ids=events["user_id"].to_numpy(),
+        clicks_start=start,
+        clicks_end=end,
+        origin=origin,
+        fields=fields,
+    )
+    return joined, found
+
+
+def fit(
+    config: DatasetConfig, joined: Joined, train_rows: int, data: Canonical, vectors: np.ndarray, version: str
+) -> tuple[Encoder, Catalog]:
+    """Vocabularies of the first `train_rows` rows, and the catalog of all items under them."""
+    features: list[Feature] = []
+    integers: dict[str, Tensor] = {}
+
+    def add(name: str, values: pa.ChunkedArray, owner: Any, *, kind: Any = "categorical", length: int = 1) -> None:
+        common = _frequent(values, config.min_count)
+        if pa.types.is_integer(values.type):
+            vocab, integers[name] = None, torch.tensor(common, dtype=torch.int64)
+        else:
+            vocab = tuple(str(value) for value in common)
+        origin: Any = joined.origin.get(name) if owner == "impression" else None
+        size = len(common) + SPECIAL
+        features.append(
+            Feature(name=name, owner=owner, kind=kind, size=size, length=length, origin=origin, vocab=vocab)
+        )
+
+    for name, column in joined.fields.items():
+        add(name, column.slice(0, train_rows), "impression")
+    items = data.items().sort_by("item_id")
+    order = np.argsort(data.items()["item_id"].to_numpy(), kind="stable")
+    shown = pa.chunked_array([joined.item_ids[:train_rows]])
+    position = pc.index_in(shown, value_set=items["item_id"].combine_chunks())
+    add("item_id", shown, "item")
+    for name in attributes(items, ITEMS):
+        add(name, items[name].take(position), "item")
+    tags = pc.list_slice(items["tags"].combine_chunks(), 0, config.max_tags)
+    length = pc.max(pc.list_value_length(tags)).as_py() or 0
+    if length:
+        shown_tags = pc.list_flatten(tags.take(pc.unique(position.combine_chunks())))
+        add("tags", pa.chunked_array([shown_tags]), "item", kind="multi", length=length)
+    if vectors.shape[1]:
+        features.append(Feature(name="embedding", owner="item", kind="vector", size=vectors.shape[1]))
+    schema = Schema(features=tuple(features), history_length=config.history_length, embedding_version=version)
+    encoder = Encoder(schema, integers)
+
+    ids = torch.from_numpy(items["item_id"].to_numpy().copy())
+    nothing = torch.iinfo(torch.int64).min
+    categorical = [encode_column(encoder, f.name, items[f.name]) for f in schema.item_fields]
+    unknown = torch.full((SPECIAL, len(categorical)), UNKNOWN)
+    unknown[0] = 0
+    sets = {}
+    if length:
+        flat = encode_column(encoder, "tags", pa.chunked_array([pc.list_flatten(tags)]))
+        row = torch.from_numpy(pc.list_parent_indices(tags).to_numpy().astype(np.int64))
+        first = torch.searchsorted(row, row)
+        sets["tags"] = torch.zeros(len(items) + SPECIAL, length, dtype=torch.int64)
+        sets["tags"][row + SPECIAL, torch.arange(len(row)) - first] = flat
+    vector_IE = torch.from_numpy(np.concatenate([np.zeros((SPECIAL, vectors.shape[1]), np.float32), vectors[order]]))
+    catalog = Catalog(
+        torch.cat([torch.tensor([nothing, nothing]), ids]),
+        _narrow(torch.cat([unknown, torch.stack(categorical, 1)])),
+        {name: _narrow(values) for name, values in sets.items()},
+        vector_IE if vectors.shape[1] else None,
+    )
+    return encoder, catalog
+
+
+def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Catalog) -> dict[str, Tensor]:
+    """The columns of rows.safetensors, not yet narrowed."""
+    columns = {f"field.{name}": encode_column(encoder, name, column) for name, column in joined.fields.items()}
+    columns["item"] = catalog.rows(torch.from_numpy(joined.item_ids.copy()))
+    end, start = (torch.from_numpy(a.copy()) for a in (joined.clicks_end, joined.clicks_start))
+    columns["end"], columns["length"] = end, (end - start).clamp(max=config.history_length)
+    columns["label"] = torch.from_numpy(joined.labels.copy())
+    user_ids, user = np.unique(joined.user_ids, return_inverse=True)
+    columns["user"], columns["user_ids"] = torch.from_numpy(user), torch.from_numpy(user_ids)
+    if joined.oracle is not None:
+        columns["oracle"] = torch.from_numpy(joined.oracle.copy())
+    return columns
+
+
+def encode_column(encoder: Encoder, name: str, column: pa.ChunkedArray) -> Tensor:
+    """int64 indices of an Arrow column: the encoder sees each distinct value once."""
+    encoded = column.combine_chunks().dictionary_encode()
+    index = torch.cat([encoder.encode(name, encoded.dictionary.to_pylist()), torch.zeros(1, dtype=torch.int64)])
+    row = torch.from_numpy(encoded.indices.fill_null(len(index) - 1).to_numpy().astype(np.int64))
+    return index[row]  # a null is PADDING
+
+
+def _frequent(values: pa.ChunkedArray, min_count: int) -> Sequence[Any]:
+    counts = pc.value_counts(values.drop_null().combine_chunks())
+    kept = counts.field(0).filter(pc.greater_equal(counts.field(1), min_count))
+    return sorted(kept.to_pylist())
+
+
+def _narrow(column: Tensor) -> Tensor:
+    """The same integers in the narrowest type of TYPES; floats as they are."""
+    if column.is_floating_point() or not column.numel():
+        return column.contiguous()
+    low, high = int(column.min()), int(column.max())
+    kind = next(t for t in TYPES if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+    return column.to(kind).contiguous()
