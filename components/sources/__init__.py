@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from components.artifacts import new_file
+
 if TYPE_CHECKING:
     from components.ingest import IngestConfig
 
+SIMULATOR_RAW = "components/sources/simulator.py"  # it has no files: its code is its input
 SOURCES = {
     "simulator": "components.sources.simulator",
     "movielens": "components.sources.movielens",
@@ -39,6 +42,25 @@ def read(config: IngestConfig) -> RawTables:
     check(config.source, config.raw)
     adapter: Callable[[IngestConfig], RawTables] = import_module(SOURCES[config.source]).read
     return adapter(config)
+
+
+def use(source: str, raw: str | None, params: Path) -> None:
+    """Write `ingest.source` and `ingest.raw` of params.yaml, comments kept. Raises ValueError as `check` does."""
+    from ruamel.yaml import YAML
+
+    if source in SOURCES and raw is None:
+        if source != "simulator":
+            raise ValueError(f"{source} reads files: name their path with --raw PATH")
+        raw = SIMULATOR_RAW
+    check(source, str(raw))
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    content = yaml.load(params)
+    if (content["ingest"]["source"], content["ingest"]["raw"]) != (source, raw):
+        content["ingest"]["source"], content["ingest"]["raw"] = source, raw
+        with new_file(params) as scratch:
+            yaml.dump(content, scratch)
 
 
 def check(source: str, raw: str) -> None:

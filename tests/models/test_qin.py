@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from published import qin as published_qin
 
 from models.layers import distinct_rows
-from models.qin import QIN, QINConfig
+from models.qin import QIN, QINConfig, SparseTargetAttention
 from models.schema import PADDING, Feature, Schema
 
 SMALL = {"dim": 4, "attention_dim": 6, "layers": 2, "rows": 3}
@@ -137,6 +137,16 @@ def test_padding_and_what_lies_before_the_history_change_nothing(make_world, sha
     torch.testing.assert_close(model(world.batch, world.catalog, clicks_C).logit_B, before_B, rtol=0, atol=0)
     for row in model.items.categoricals:
         assert row.weight[PADDING].abs().max() == 0
+
+
+def test_attention_leaves_masked_positions_out_whatever_they_hold():
+    torch.manual_seed(0)
+    attention = SparseTargetAttention(5, 7).double()
+    target_BM, hist_BLM = torch.randn(6, 5).double(), torch.randn(6, 4, 5).double()
+    real_BL = torch.tensor([False, True, False, True]).expand(6, 4)
+    found_BM = attention(target_BM, hist_BLM, real_BL)
+    torch.testing.assert_close(found_BM, attention(target_BM, hist_BLM[:, 1::2], real_BL[:, 1::2]))
+    assert not torch.allclose(found_BM, attention(target_BM, hist_BLM, torch.ones_like(real_BL)))
 
 
 def test_the_item_tower_sees_each_distinct_row_once(make_world):

@@ -140,11 +140,13 @@ def test_encoder_round_trip_of_a_table_without_items(tmp_path):
 
 
 def test_tensors_that_share_memory_are_saved(make_world, tmp_path):
-    world = make_world(dtype=torch.float32, sets=2)
-    both = torch.randint(0, 6, (2, len(world.catalog), 3))
-    catalog = replace(world.catalog, sets={"set_0": both[0], "set_1": both[1]})
-    registry.save_encoder(tmp_path, world.encoder, catalog)
-    assert torch.equal(registry.load_encoder(tmp_path)[1].sets["set_1"], both[1])
+    world = make_world(dtype=torch.float32)
+    ids = world.catalog.item_ids_I[2:]  # a view: the raw values of item_id are the catalog's own ids
+    encoder = replace(world.encoder, integers=world.encoder.integers | {"item_id": ids})
+    registry.save_encoder(tmp_path, encoder, world.catalog)
+    encoder, catalog, _ = registry.load_encoder(tmp_path)
+    assert torch.equal(encoder.integers["item_id"], ids)
+    assert torch.equal(catalog.item_ids_I, world.catalog.item_ids_I)
 
 
 @pytest.mark.parametrize("name", registry.CHECKPOINT_FILES)

@@ -1,0 +1,49 @@
+"""A model folder and this code -> a Bento as a folder that `bentoml serve` takes. Needs no network and no Docker.
+
+    python -m bento.build '{"name": …, "version": …, "model": …, "output": …, "labels": {…}, "metadata": {…}}'
+
+Runs in a folder that holds bento/ and models/ alone, with a BENTOML_HOME of its own: BentoML fixes its home, its model
+store and the imported service once in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import bentoml
+
+from bento import MODEL
+
+# What bento/ and models/ import; BentoML adds itself. feature_store.yaml names DuckDB, which Feast checks on opening.
+REQUIREMENTS = ("torch", "safetensors", "numpy", "pydantic", "feast[duckdb]")
+
+
+def build(
+    *, name: str, version: str, model: str, output: str, labels: dict[str, str], metadata: dict[str, Any]
+) -> None:
+    """model: the model folder; output: the folder to make; labels and metadata go to the Bento and to the model."""
+    with bentoml.models.create(f"{MODEL}:{version}", labels=labels, metadata=metadata) as stored:
+        shutil.copytree(model, stored.path, dirs_exist_ok=True)
+    bentoml.bentos.build(
+        "bento.service:CtrRanker",
+        name=name,
+        version=version,
+        labels=labels,
+        description=f"# {name}:{version}\n\n" + "".join(f"- {key}: {value}\n" for key, value in metadata.items()),
+        include=["bento/*.py", "models/*.py"],
+        python={"packages": requirements(), "lock_packages": False},
+    )
+    bentoml.bentos.export_bento(f"{name}:{version}", output, output_format="folder")
+
+
+def requirements() -> list[str]:
+    """Pinned to what is installed, less a build's local part: torch==2.13.0, not torch==2.13.0+cpu."""
+    return [f"{name}=={version(name.split('[')[0]).split('+')[0]}" for name in REQUIREMENTS]
+
+
+if __name__ == "__main__":
+    build(**json.loads(sys.argv[1]))

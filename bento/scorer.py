@@ -1,0 +1,89 @@
+"""One request's candidates -> click probabilities, in one pass of the model. torch and models/ alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bento import ITEM_STATE
+from models.registry import load
+from models.schema import UNKNOWN, Batch
+
+
+class Scorer:
+    """A model folder on the CPU. Safe to call from several threads.
+
+    Raises ValueError where a file is missing, changed, or says nothing of a feature that the schema asks for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = load(folder)
+        self.model, self.catalog, self.encoder = checkpoint.model, checkpoint.catalog, checkpoint.encoder
+        self.schema = self.encoder.schema
+        self.fields = self.schema.impression_fields
+        self.context_names = {f.name for f in self.fields if f.origin == "context"}
+        self.needs_profile = any(f.origin == "user" and f.name != "user_id" for f in self.fields)
+        self.item_state = safetensors.torch.load_file(folder / ITEM_STATE)
+        for field in self.fields:
+            if field.origin is None:
+                raise ValueError(
+                    f"{folder}: impression feature {field.name!r} has no origin; the server cannot find it"
+                )
+            if field.origin == "item":
+                found = self.item_state.get(field.name)
+                if found is None or found.shape != (len(self.catalog),):
+                    shape = None if found is None else tuple(found.shape)
+                    raise ValueError(
+                        f"{folder / ITEM_STATE}: {field.name} is of shape {shape}, the catalog has "
+                        f"{len(self.catalog)} rows; run `dvc repro package`"
+                    )
+
+    def known(self, item_ids: Sequence[int]) -> Tensor:
+        """bool per item id: whether the catalog holds it."""
+        return self._rows(item_ids) != UNKNOWN
+
+    @torch.inference_mode()
+    def rank(
+        self,
+        user_id: int,
+        candidates: Sequence[int],
+        history: Sequence[int],
+        profile: Mapping[str, str | None],
+        context: Mapping[str, str],
+    ) -> Tensor:
+        """Click probabilities, float32 [candidates], in the order of the candidates.
+
+        history  raw item ids, oldest first; unknown ones are dropped, the newest L count
+        profile  the user's attributes; a missing one is encoded as missing, as is a missing one of `context`
+
+        A candidate that the catalog does not hold is scored as its row for unknown items.
+        Raises ValueError where a context value cannot be encoded.
+        """
+        item_B = self._rows(candidates)
+        B = len(item_B)
+        clicks_C = self._rows(history)
+        clicks_C = clicks_C[clicks_C != UNKNOWN]
+        end = len(clicks_C)
+        start = max(0, end - self.schema.history_length)
+        fields = []
+        for field in self.fields:
+            if field.origin == "item":
+                fields.append(self.item_state[field.name][item_B])
+                continue
+            values: Mapping[str, str | None] = context if field.origin == "context" else profile
+            value = user_id if field.name == "user_id" else values.get(field.name)
+            fields.append(self.encoder.encode(field.name, [value]).expand(B))
+        batch = Batch(
+            torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64),
+            item_B,
+            torch.full((B,), start),
+            torch.full((B,), end),
+        )
+        return torch.sigmoid(self.model(batch, self.catalog, clicks_C).logit_B).float()
+
+    def _rows(self, item_ids: Sequence[int]) -> Tensor:
+        return self.catalog.rows(torch.tensor(item_ids, dtype=torch.int64))

@@ -1,0 +1,106 @@
+"""The champion: the version that serves now. Outside of the graph, because it changes the world and not a file.
+
+Git tags are the registry (GTO): `ctr-ranker@v1.2.0` is a version, `ctr-ranker#champion#3` makes one the champion, and
+the commit they stand on names, through dvc.lock, every byte that was trained on and shipped. champion.json is the
+pointer in the work tree: evaluation depends on it, and pulls the champion's checkpoint out of DVC by its tag.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.artifacts import read_json, write_json
+
+STAGE = "champion"
+
+
+def current(pointer: Path) -> dict[str, Any] | None:
+    """What champion.json says: name, version, revision, model, checkpoint_sha256; None before the first promotion."""
+    content = read_json(pointer, "nothing: it is in git; `git checkout champion.json`")
+    return content if content["version"] is not None else None
+
+
+@contextmanager
+def checkpoint(champion: dict[str, Any]) -> Iterator[Path]:
+    """The champion's checkpoint folder, out of the DVC cache or remote, while the block lasts.
+
+    Raises ValueError where DVC does not have it, or has other bytes than champion.json names.
+    """
+    from dvc.api import DVCFileSystem
+
+    from models.registry import checkpoint_hash
+
+    with tempfile.TemporaryDirectory(prefix="clickloop-champion-") as scratch:
+        folder = Path(scratch) / champion["model"]
+        try:
+            files = DVCFileSystem(".", rev=champion["revision"])
+            files.get(f"checkpoints/{champion['model']}", str(folder), recursive=True)
+        except Exception as error:  # DVC raises a dozen kinds
+            raise ValueError(
+                f"champion {champion['version']}: its checkpoint cannot be had from DVC at {champion['revision']}: "
+                f"{error}. Run `dvc fetch --all-tags checkpoints/{champion['model']}`"
+            ) from error
+        if (found := checkpoint_hash(folder)) != champion["checkpoint_sha256"]:
+            raise ValueError(
+                f"champion {champion['version']}: DVC holds checkpoint {found}, "
+                f"champion.json names {champion['checkpoint_sha256']}; `git checkout champion.json`"
+            )
+        yield folder
+
+
+def promote(package: Path, smoke: Path, pointer: Path) -> str:
+    """Register the packaged model as the next version and make it the champion. Returns what was done.
+
+    Raises ValueError where nothing was built, the smoke test did not pass on it, or the run is not committed.
+    """
+    from gto.api import register
+
+    built, tested = read_json(package / "package.json", "package"), read_json(smoke, "smoke")
+    if not built["built"]:
+        raise ValueError(f"{package}: the gate rejected, nothing was built: {'; '.join(built['reasons'])}")
+    if not tested.get("passed") or tested.get("tag") != built["tag"]:
+        raise ValueError(f"{smoke}: {built['tag']} has not passed the smoke test; run `dvc repro smoke`")
+    if _git("status", "--porcelain", "--", "dvc.lock", "params.yaml", "dvc.yaml", "components", "models"):
+        raise ValueError(
+            "promote: the run is not committed, so no tag could lead back to it; "
+            "run `git add dvc.lock params.yaml && git commit`, and `dvc push`, first"
+        )
+    name = built["name"]
+    facts = {"model": built["model"], "checkpoint_sha256": built["checkpoint_sha256"], "bento": built["tag"]}
+    version = register(repo=".", name=name, ref="HEAD", message=json.dumps(facts), force=True).version
+    _point(pointer, name, version, facts)
+    return f"{name} {version} ({built['tag']}) is the champion; commit {pointer} and `git push --tags`"
+
+
+def rollback(version: str, pointer: Path) -> str:
+    """Make an earlier version the champion again. Raises ValueError where there is no such version."""
+    champion = current(pointer)
+    if champion is None:
+        raise ValueError(f"{pointer}: there is no champion yet; `python -m components promote` makes the first")
+    name = champion["name"]
+    versions = [tag.removeprefix(f"{name}@") for tag in _git("tag", "--list", f"{name}@*").split()]
+    if version not in versions:
+        raise ValueError(f"rollback: no version {version!r} of {name}; there are {', '.join(versions)}")
+    _point(pointer, name, version, json.loads(_git("tag", "--list", "--format=%(contents)", f"{name}@{version}")))
+    return f"{name} {version} is the champion again; commit {pointer} and `git push --tags`"
+
+
+def _point(pointer: Path, name: str, version: str, facts: dict[str, Any]) -> None:
+    """The stage tag, and then champion.json, which can be written again from the tags."""
+    from gto.api import assign
+
+    assign(repo=".", name=name, version=version, stage=STAGE, force=True)
+    write_json(pointer, {"name": name, "version": version, "revision": f"{name}@{version}", **facts})
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout.strip()
