@@ -152,4 +152,4 @@ class Refuse:
         return await self.app(scope, replay, send)
 
 
-CtrRanker.add_asgi_middleware(Refuse)
+CtrRanker.add_asgi_middleware(Refuse)  # type: ignore[attr-defined]

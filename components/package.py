@@ -215,11 +215,11 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
         if i % 2 == 0:
             request["user_id"] = int(users[row])
             clicks_C = log[int(pointers.start_B[row]) : int(pointers.end_B[row])].long()
-            request["history"] = catalog.item_ids_I[clicks_C].tolist()
+            request["history"] = catalog.item_ids_I[clicks_C[clicks_C != UNKNOWN]].tolist()
         else:
             request["user_id"] = int(stored[row])
             clicks_C = catalog.rows(torch.from_numpy(sources.history[stored[row]].astype(np.int64)))
-            clicks_C = clicks_C[clicks_C != UNKNOWN]
+        clicks_C = clicks_C[clicks_C != UNKNOWN]
         asked.append(
             {
                 "request": request,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def check_golden(client: httpx.Client, golden: list[dict[str, Any]], version: st
             if not error <= tolerance:  # a NaN is no match either
                 raise ValueError(f"{where}: item {item}: expected {offline[item]}, got {score}: off by {error}")
         expected_order = [offline[item] for item in answer["items"]]
-        for before, after in zip(expected_order, expected_order[1:], strict=False):
+        for before, after in pairwise(expected_order):
             if after > before + 2 * tolerance:  # closer scores may change places
                 raise ValueError(f"{where}: expected best first, got offline scores {expected_order}")
         if answer["scores"] != sorted(answer["scores"], reverse=True):

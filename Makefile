@@ -1,0 +1,59 @@
+# Every habit in one line, each the tool's own command: whoever knows DVC, Airflow and BentoML can go without make.
+SHELL := bash
+.DEFAULT_GOAL := help
+SOURCE ?= simulator
+RAW ?=
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Nothing phones home. Airflow and Feast have no telemetry in these versions.
+export GX_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := 1
+export BENTOML_DO_NOT_TRACK := True
+
+export AIRFLOW_HOME := $(CURDIR)/.airflow
+export AIRFLOW__CORE__DAGS_FOLDER := $(CURDIR)/dags
+export AIRFLOW__CORE__LOAD_EXAMPLES := False
+export AIRFLOW__API__HOST := 127.0.0.1
+export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
+
+PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
+
+.PHONY: help demo test serve airflow repro report promote lint lock clean
+
+help:  ## what can be done here
+	@grep -hE '^[a-z./]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens RAW=path for real ratings)
+	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && dvc repro && python -m components report
+
+test: .venv  ## lint, types, and every test that a machine without a GPU can run
+	ruff check . && ruff format --check . && mypy && pytest
+
+repro: .venv  ## run what changed
+	dvc repro
+
+report: .venv  ## the last run's tables, and its page
+	python -m components report
+
+serve: .venv  ## the approved Bento on http://127.0.0.1:3000
+	bentoml serve artifacts/package/bento --host 127.0.0.1 --port 3000
+
+promote: .venv  ## make the packaged model the champion (git tags)
+	python -m components promote
+
+airflow: .venv  ## Airflow on http://127.0.0.1:8080 with the daily DAG
+	airflow standalone
+
+# torch brings the CUDA packages of its own build: the lock names none, so that a CPU build brings none.
+lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin changes only where it must)
+	uv pip compile -q pyproject.toml --group dev --python-version 3.11 --no-annotate --no-header --no-emit-index-url -o requirements.lock && sed -i -E 's/\+cpu$$//; /^(cuda-|triton=|nvidia-(cu|nc|nv))/d' requirements.lock
+
+clean:  ## drop what can be made again: outputs, caches, Airflow's state (not .venv, not DVC's cache)
+	rm -rf data checkpoints artifacts .scratch .airflow .mypy_cache .pytest_cache .ruff_cache dvc_plots
+
+# pip fetches uv, uv the rest: seconds in place of minutes. uv does not read pip's find-links, where a CPU build of
+# torch may lie; without one, torch comes from the registry with CUDA.
+.venv: requirements.lock
+	python3 -m venv .venv && .venv/bin/python -m pip install -q "$$(grep '^uv==' requirements.lock)"
+	UV_FIND_LINKS="$(PIP_LINKS)" .venv/bin/uv pip install -q --python .venv/bin/python --compile-bytecode -r requirements.lock
+	touch .venv
