@@ -245,7 +245,7 @@ def rollback(
 def _say(facts: dict[str, Any], *names: str) -> None:
     """The named facts in one line on the terminal."""
     shown = (
-        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" if isinstance(value, int) else
+        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" if type(value) is int else
         f"{name} {value}" for name in names if (value := facts.get(name)) is not None
     )  # fmt: skip
     console.print("  ".join(shown))

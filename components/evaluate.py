@@ -51,7 +51,7 @@ class EvaluateConfig:
 def run(
     config: EvaluateConfig, model_name: str, checkpoint: Path, dataset: Path, champion: Path, output: Path
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet, calibration.csv and roc.csv.
+    """Write evaluation.json, metrics.json (its headline), predictions.parquet, calibration.csv and roc.csv.
 
     Raises ValueError where the checkpoint was trained under another schema or data, or the test days hold one class.
     """
@@ -70,7 +70,7 @@ def run(
     if oracle is not None:
         test["oracle_auc"] = float(roc_auc_score(labels, oracle))
         test["oracle_logloss"] = float(log_loss(labels, oracle.astype(np.float64)))
-    metrics: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": model_name,
         "checkpoint_sha256": checkpoint_hash(checkpoint),
         "data_sha256": data.facts["data_sha256"],
@@ -85,7 +85,7 @@ def run(
         with registry.checkpoint(current) as folder:
             theirs = predict_translated(load(folder), data, (start, end))
         columns["champion_score"] = theirs
-        metrics["champion"] = {
+        found["champion"] = {
             "version": current["version"],
             "checkpoint_sha256": current["checkpoint_sha256"],
             "test": measure(config, labels, theirs, users),
@@ -93,11 +93,13 @@ def run(
             "difference": intervals(config, labels, users, auc=scores, minus=theirs),
         }
     with new_folder(output) as folder:
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "evaluation.json", found)
+        headline = ("auc", "group_auc", "logloss", "calibration_error", "oracle_auc")
+        write_json(folder / "metrics.json", {name: test[name] for name in headline if name in test})
         pq.write_table(pa.table(columns), folder / "predictions.parquet")
         calibration_curve(labels, scores, config.calibration_bins).to_csv(folder / "calibration.csv", index=False)
         _roc(labels, scores).to_csv(folder / "roc.csv", index=False)
-    return metrics
+    return found
 
 
 def require_same(trained: Checkpoint, data: Dataset, checkpoint: Path, dataset: Path) -> None:

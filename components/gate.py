@@ -46,7 +46,7 @@ def run(
     data = read_json(dataset / "dataset.json", "dataset")
     current = registry.current(champion)
     candidates: dict[str, Any] = {}
-    for file in sorted(evaluations.glob("*/metrics.json")):
+    for file in sorted(evaluations.glob("*/evaluation.json")):
         metrics = read_json(file, f"evaluate@{file.parent.name}")
         name = metrics["model"]
         judged = {

@@ -55,12 +55,12 @@ def collect(root: Path) -> dict[str, Any]:
         file = root / path
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
-    models = sorted(folder.parent.name for folder in (root / "artifacts/evaluate").glob("*/metrics.json"))
+    models = sorted(folder.parent.name for folder in (root / "artifacts/evaluate").glob("*/evaluation.json"))
     return {
         "source": of("data/canonical/source.json"),
         "validation": of("data/validation/report.json"),
         "dataset": of("data/dataset/dataset.json"),
-        "evaluate": {name: of(f"artifacts/evaluate/{name}/metrics.json") for name in models},
+        "evaluate": {name: of(f"artifacts/evaluate/{name}/evaluation.json") for name in models},
         "train": {name: of(f"artifacts/train/{name}.json") for name in models},
         "history": {name: csv(f"artifacts/train/{name}_history.csv") for name in models},
         "calibration": {name: csv(f"artifacts/evaluate/{name}/calibration.csv") for name in models},

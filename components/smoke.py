@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from components.artifacts import read_json, write_json
 
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
+WORKER_FAILED = "Initializing service error"  # BentoML's words in the log; the deadline holds without them too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,8 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
             f"{built['max_candidates']}; ask for no more than the server takes"
         )
     golden = read_json(package / "golden.json", "package")
-    with Served(package / "bento", repo).running() as server, server.client() as client:
+    served = Served(package / "bento", repo, output.with_name("server.log"))
+    with served.running() as server, server.client() as client:
         report = {
             "served": True,
             "passed": True,
@@ -123,7 +125,7 @@ def check_refusals(client: httpx.Client, good: dict[str, Any], built: dict[str, 
     }
     refused = {}
     for name, body in bad.items():
-        status = client.post("/rank", content=body).status_code
+        status = _post(client, body, f"bad request {name!r}").status_code
         if not 400 <= status < 500:
             raise ValueError(f"bad request {name!r} ({body[:200]!r}): expected a 4xx, got {status}")
         refused[name] = status
@@ -146,10 +148,17 @@ def measure_latency(client: httpx.Client, golden: list[dict[str, Any]], config: 
 
 
 def _answer(client: httpx.Client, request: dict[str, Any], where: str) -> dict[str, Any]:
-    response = client.post("/rank", content=_body(request))
+    response = _post(client, _body(request), where)
     if response.status_code != 200:
         raise ValueError(f"{where}: expected 200, got {response.status_code} {response.text[:500]}")
     return response.json()
+
+
+def _post(client: httpx.Client, body: bytes, where: str) -> httpx.Response:
+    try:
+        return client.post("/rank", content=body)
+    except httpx.TransportError as error:
+        raise ValueError(f"{where}: expected an answer, got {error!r}") from error
 
 
 def _body(request: dict[str, Any]) -> bytes:
@@ -163,10 +172,11 @@ class Served:
     """`bentoml serve FOLDER` on a free loopback port, with a BENTOML_HOME of its own.
 
     repo  a feature_repo folder; None serves without an online store
+    log   what the server says, kept; an error shows the end of it
     """
 
-    def __init__(self, bento: Path, repo: Path | None) -> None:
-        self.bento, self.repo = bento, repo
+    def __init__(self, bento: Path, repo: Path | None, log: Path) -> None:
+        self.bento, self.repo, self.log = bento, repo, log
         self.ready_seconds = 0.0
         self.processes: dict[int, psutil.Process] = {}
 
@@ -174,7 +184,6 @@ class Served:
     def running(self) -> Iterator[Served]:
         """Ready inside the block. Raises ValueError where it does not get ready, or leaves a process behind."""
         with tempfile.TemporaryDirectory(prefix="clickloop-serve-") as home:
-            log = Path(home) / "server.log"
             port = _free_port()
             self.url = f"http://127.0.0.1:{port}"
             env = {k: v for k, v in os.environ.items() if k != "CLICKLOOP_FEATURE_REPO"}
@@ -182,11 +191,13 @@ class Served:
             if self.repo is not None:
                 env["CLICKLOOP_FEATURE_REPO"] = str(self.repo.resolve())
             command = [sys.executable, "-m", "bentoml", "serve", str(self.bento.resolve()), "--port", str(port)]
-            with log.open("wb") as opened:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("wb") as opened:
                 process = subprocess.Popen(
                     command, stdout=opened, stderr=subprocess.STDOUT, env=env, cwd=home, start_new_session=True
                 )
             try:
+                self.processes[process.pid] = psutil.Process(process.pid)
                 self._wait_until_ready(process)
                 yield self
                 self._see_processes()
@@ -195,9 +206,8 @@ class Served:
                 left = [p for p in self.processes.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
                 if left:
                     raise ValueError(f"stopped, but left running: {[' '.join(p.cmdline()) for p in left]}")
-            except BaseException as error:
-                error.add_note(f"end of the server's log:\n{_tail(log)}")
-                raise
+            except (ValueError, subprocess.TimeoutExpired) as error:
+                raise ValueError(f"{error}\nEnd of {self.log}:\n{self._said()[-3000:]}") from error
             finally:
                 self._kill(process)
 
@@ -212,12 +222,13 @@ class Served:
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         begin = time.monotonic()
-        self.processes[process.pid] = psutil.Process(process.pid)
         with self.client() as client:
             while time.monotonic() - begin < READY_SECONDS:
                 self._see_processes()
                 if process.poll() is not None:
                     raise ValueError(f"{self.bento}: the server ended with exit code {process.returncode}")
+                if WORKER_FAILED in self._said():  # BentoML would start it again, for ever
+                    raise ValueError(f"{self.bento}: the server's worker cannot start")
                 try:
                     if client.get("/readyz", timeout=1).status_code == 200:
                         self.ready_seconds = time.monotonic() - begin
@@ -230,18 +241,19 @@ class Served:
     def _see_processes(self) -> None:
         """BentoML's workers have sessions of their own, so no process group holds them all."""
         for known in list(self.processes.values()):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 self.processes |= {child.pid: child for child in known.children(recursive=True)}
-            except psutil.NoSuchProcess:
-                continue
+
+    def _said(self) -> str:
+        return self.log.read_text(errors="replace")
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self.processes[process.pid].suspend()  # or it would start a worker while they are counted
         self._see_processes()
         for one in self.processes.values():
-            try:
+            with suppress(psutil.NoSuchProcess):
                 one.kill()  # psutil checks that the id is still the same process
-            except psutil.NoSuchProcess:
-                continue
         process.wait()
         psutil.wait_procs(self.processes.values(), timeout=STOP_SECONDS)
 
@@ -260,7 +272,3 @@ def _peak_bytes(process: psutil.Process) -> int:
         return process.memory_info().rss  # no /proc, as on a Mac: what it holds now
     except (OSError, psutil.Error):
         return 0
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-4000:]

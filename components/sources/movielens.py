@@ -60,7 +60,8 @@ def read(config: IngestConfig) -> RawTables:
     if texts.is_file():
         wanted = pa.schema([("item_id", pa.int64()), ("text", pa.string())])
         found = conform(read_parquet(texts), wanted, str(texts))
-        items = items.join(found.select(["item_id", "text"]), "item_id", join_type="left outer")
+        at = pc.index_in(items["item_id"], value_set=found["item_id"].combine_chunks())
+        items = items.append_column("text", found["text"].take(at))  # null where there is no text
     else:
         items = items.append_column("text", pa.nulls(len(items), pa.string()))
     images = raw / "item_image.parquet"

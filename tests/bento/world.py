@@ -1,12 +1,13 @@
 """A tiny world on disk as the stages would have left it: dataset, checkpoint, decision, Feast sources.
 
-    users 101 …    user 101 has no gender, user 102's history holds an item that the catalog does not
-    items 1000 + 7 i    the last one has no popularity row
+users 101 …    user 101 has no gender, user 102's history holds an item that the catalog does not
+items 1000 + 7 i    the last one has no popularity row
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,9 +127,10 @@ def _encoder(rng: torch.Generator) -> tuple[Encoder, Catalog]:
 
 def _write_dataset(world: World, rng: torch.Generator) -> None:
     rows, clicks = 40, 60
+    fields = world.checkpoint.encoder.schema.impression_fields
     end = torch.randint(0, clicks, (rows,), generator=rng)
     columns = {
-        **{f"field.{f.name}": torch.zeros(rows, dtype=torch.uint8) for f in world.checkpoint.encoder.schema.features[:6]},
+        **{f"field.{f.name}": torch.zeros(rows, dtype=torch.uint8) for f in fields},
         "item": torch.randint(SPECIAL, ITEMS, (rows,), generator=rng),
         "end": end,
         "length": torch.minimum(torch.randint(0, LENGTH + 1, (rows,), generator=rng), end),
@@ -166,9 +168,8 @@ def _write_sources(folder: Path, rng: torch.Generator) -> None:
     write("user_history", [late] * USERS, user_id=users, history=pa.array(histories, lists))
     genders = [None, *("fm"[i % 2] for i in range(USERS - 1))]
     write("user_profile", [early] * USERS, user_id=users, gender=pa.array(genders, pa.string()))
-    write(
-        "user_clicks", [early] * USERS, user_id=users, clicks_start=pa.array([0] * USERS), clicks_end=pa.array([0] * USERS)
-    )  # fmt: skip
+    zeros = pa.array([0] * USERS)
+    write("user_clicks", [early] * USERS, user_id=users, clicks_start=zeros, clicks_end=zeros)
     views = torch.randint(1, 500, (2, ITEMS - 1), generator=rng)
     write(  # the older rows last: what counts is the time, not the place
         "item_popularity",
@@ -183,8 +184,6 @@ def _write_sources(folder: Path, rng: torch.Generator) -> None:
 
 def make_store(world: World) -> Path:
     """A Feast repo with its SQLite store, filled by the definitions that production applies."""
-    import shutil
-
     from components.features import apply, feature_store
 
     real = Path(__file__).parents[2] / "feature_repo"
