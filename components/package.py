@@ -211,14 +211,14 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
             candidates[-1] = item_ids.max() + 1
         context = {field.name: _some_value(checkpoint, field, i) for field in _origin(checkpoint, "context")}
         request = {"candidates": candidates.tolist(), "context": context}
-        row = (i // 2) % max(1, min(len(test_rows), len(stored)))
         if i % 2 == 0:
+            row = (i // 2) % len(users)
             request["user_id"] = int(users[row])
             clicks_C = log[int(pointers.start_B[row]) : int(pointers.end_B[row])].long()
             request["history"] = catalog.item_ids_I[clicks_C[clicks_C != UNKNOWN]].tolist()
         else:
-            request["user_id"] = int(stored[row])
-            clicks_C = catalog.rows(torch.from_numpy(sources.history[stored[row]].astype(np.int64)))
+            request["user_id"] = int(stored[(i // 2) % len(stored)])
+            clicks_C = catalog.rows(torch.from_numpy(sources.history[request["user_id"]].astype(np.int64)))
         clicks_C = clicks_C[clicks_C != UNKNOWN]
         asked.append(
             {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -96,7 +97,7 @@ def test_the_requests_history_goes_before_the_stores(client: TestClient, scorer:
 
 
 def test_equal_scores_keep_the_requests_order(client: TestClient) -> None:
-    unknown = [5, 3, 9, 1]
+    unknown = [(17 * i) % 41 for i in range(MAX_CANDIDATES)]
     answer = ask(client, candidates=unknown)
     assert answer["items"] == unknown
     assert answer["degraded"] == ["unknown_items"]
@@ -213,6 +214,25 @@ def test_hung_reads_hold_no_more_than_their_threads() -> None:
         release.set()
     time.sleep(0.1)
     assert online.read(1).history == [1]
+    assert len(calls) == THREADS + 1  # what timed out did not queue up behind the hung ones
+
+
+def test_an_endless_body_is_not_read_to_its_end() -> None:
+    read, sent = [], []
+
+    async def receive() -> dict[str, Any]:
+        read.append(1)
+        assert len(read) < 10
+        return {"type": "http.request", "body": b" " * (MAX_BODY_BYTES // 4), "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("the body went through")
+
+    asyncio.run(service.Refuse(app)({"type": "http", "method": "POST", "headers": []}, receive, send))
+    assert sent[0]["status"] == 413
 
 
 def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from components import package
 from components.config import load
 from components.package import PackageConfig
 from models.registry import CHECKPOINT_FILES, checkpoint_hash
-from tests.bento.world import ITEM_IDS, World, make_world
+from tests.bento.world import ITEM_IDS, USER_IDS, World, make_world
 
 CONFIG = PackageConfig(name="ctr-ranker", max_candidates=25, golden_requests=10)
 
@@ -86,13 +87,14 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("no_bento")
 def test_golden_scores_are_those_of_the_scorer(world: World) -> None:
-    run(world)
+    run(world, replace(CONFIG, golden_requests=24))  # so that all twelve users are asked about
     golden = json.loads((world.root / "package" / "golden.json").read_text())
     scorer = Scorer(world.root / "package" / "bento")
     history = pq.read_table(world.features / "sources" / "user_history.parquet").to_pandas()
     profile = pq.read_table(world.features / "sources" / "user_profile.parquet").to_pandas()
     history, profile = (frame.set_index("user_id") for frame in (history, profile))
-    assert ["history" in case["request"] for case in golden] == [True, False] * 5
+    assert ["history" in case["request"] for case in golden] == [True, False] * 12
+    assert {case["request"]["user_id"] for case in golden[1::2]} == set(USER_IDS)
     assert {len(case["request"]["history"]) for case in golden[::2]} - {0}
     for case in golden:
         request = case["request"]
@@ -104,7 +106,7 @@ def test_golden_scores_are_those_of_the_scorer(world: World) -> None:
         assert found.tolist() == pytest.approx(case["scores"], abs=1e-6)
         assert case["degraded"] == ([] if set(request["candidates"]) <= set(ITEM_IDS) else ["unknown_items"])
         assert len(set(case["scores"])) > 1
-    assert sum(bool(case["degraded"]) for case in golden) == 2
+    assert sum(bool(case["degraded"]) for case in golden) == 5
 
 
 @pytest.mark.usefixtures("no_bento")
