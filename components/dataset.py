@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from components.artifacts import file_hash, new_folder, read_json, write_json
 from components.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
@@ -29,6 +31,7 @@ from components.splits import SplitConfig, rows_by_day, split_days
 from models.registry import load_encoder, save_encoder
 from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
 
+JOIN_ROWS = 50_000  # impressions joined at once
 TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -126,9 +129,8 @@ def run(
     log = torch.from_numpy(read_parquet(features / "click_log.parquet")["item_id"].to_numpy().copy())
     columns["click_log"] = catalog.rows(log).to(torch.int32)
     narrow = {name: _narrow(column) for name, column in columns.items()}
-    splits = {
-        "train": (0, cut.valid_start), "valid": (cut.valid_start, cut.test_start), "test": (cut.test_start, len(events)),
-    }  # fmt: skip
+    bounds = (0, cut.valid_start, cut.test_start, len(events))
+    splits = dict(zip(("train", "valid", "test"), pairwise(bounds), strict=True))
     label = columns["label"].double()
     with new_folder(output) as folder:
         save_encoder(folder / "encoder", encoder, catalog)
@@ -170,7 +172,8 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     zero where an item has no vector. Raises ValueError where Feast gives back other rows than it was given.
     """
     import pyarrow as pa
-    from components.contracts import EVENTS, ORACLE, UTC, attributes, vector_matrix
+
+    from components.contracts import attributes
     from components.features import feature_store, popularity_level
 
     entities = pa.table(
@@ -185,9 +188,13 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
     with feature_store(repo) as store:
         print(f"point-in-time join of {len(events):,} impressions", flush=True)
-        table = store.get_historical_features(
-            entity_df=entities.to_pandas(), features=store.get_feature_service("training")
-        ).to_arrow()
+        service = store.get_feature_service("training")
+        # Feast joins a row with every older row of its keys before it keeps the newest: in parts, memory stays bounded.
+        table = pa.concat_tables(
+            store.get_historical_features(entity_df=part.to_pandas(), features=service).to_arrow()
+            for start in tqdm(range(0, len(events), JOIN_ROWS), "join", unit="part", disable=None)
+            if len(part := entities.slice(start, JOIN_ROWS))
+        )
         known = store.get_historical_features(
             entity_df=every_item.to_pandas(), features=store.get_feature_service("catalog")
         ).to_arrow()

@@ -1,9 +1,9 @@
 """evaluate: the ranker on the test days, whole and by slice, beside the oracle and the champion on the same rows.
 
-    auc                 area under the ROC curve, with a 95% interval: users are resampled, for rows of one user are
-                        not independent
-    group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out
-    calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
+auc                 area under the ROC curve, with a 95% interval: users are resampled, for rows of one user are
+                    not independent
+group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out
+calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def run(
     start, end = data.splits["test"]
     labels = data.columns["label"][start:end].numpy().astype(np.int8)
     if not 0 < labels.mean() < 1:
-        raise ValueError(f"evaluate: the test days hold {int(labels.sum())} clicks in {len(labels)} rows; nothing to rank")
+        raise ValueError(
+            f"evaluate: the test days hold {int(labels.sum())} clicks in {len(labels)} rows; nothing to rank"
+        )
     users = data.columns["user"][start:end].numpy()
     scores = predict(trained, data, (start, end))
     oracle = data.columns["oracle"][start:end].numpy() if "oracle" in data.columns else None
@@ -129,7 +131,7 @@ def predict_translated(champion: Checkpoint, data: Dataset, rows: tuple[int, int
     """The same for a model of another day, by its own vocabularies and its own catalog, as it would serve now."""
     item_of = champion.catalog.rows(data.catalog.item_ids_I)  # this catalog's rows -> the champion's
     item_of[:SPECIAL] = torch.arange(SPECIAL)
-    tables = []
+    tables: list[tuple[str | None, torch.Tensor]] = []
     mine = {feature.name: feature for feature in data.schema.impression_fields}
     for feature in champion.encoder.schema.impression_fields:
         if feature.name not in mine:
@@ -163,7 +165,7 @@ def _type(vocab: tuple[str, ...] | None) -> pa.DataType:
 
 
 def measure(config: EvaluateConfig, labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> dict[str, Any]:
-    """rows, label_rate, auc, group_auc, logloss, calibration_error, base_logloss; None where a figure has no meaning."""
+    """rows, label_rate, auc, group_auc, logloss, calibration_error, base_logloss; None where a figure means nothing."""
     curve = calibration_curve(labels, scores, config.calibration_bins)
     both = 0 < labels.mean() < 1
     rate = labels.mean(dtype=np.float64)
@@ -174,7 +176,9 @@ def measure(config: EvaluateConfig, labels: np.ndarray, scores: np.ndarray, user
         "group_auc": group_auc(labels, scores, users),
         "logloss": float(log_loss(labels, scores.astype(np.float64), labels=[0, 1])),
         "base_logloss": float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate)) if both else 0.0,
-        "calibration_error": float((curve["rows"] * (curve["predicted"] - curve["observed"]).abs()).sum() / len(labels)),
+        "calibration_error": float(
+            (curve["rows"] * (curve["predicted"] - curve["observed"]).abs()).sum() / len(labels)
+        ),
     }
 
 

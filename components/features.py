@@ -1,11 +1,11 @@
 """features: Feast sources, `feast apply`, materialization into the online store, and a check of what it serves.
 
-    user_profile      the users' attributes
-    user_clicks       at each click: where the user's history lies in the click log, known one second later at the
-                      earliest, so that clicks at the same second as an impression stay out of its history
-    user_history      the newest clicks themselves, for serving
-    item_popularity   views and clicks of the last whole days, known from the next midnight on
-    item_embedding    the fused vector, known from the item's creation on
+user_profile      the users' attributes
+user_clicks       at each click: where the user's history lies in the click log, known one second later at the
+                  earliest, so that clicks at the same second as an impression stay out of its history
+user_history      the newest clicks themselves, for serving
+item_popularity   views and clicks of the last whole days, known from the next midnight on
+item_embedding    the fused vector, known from the item's creation on
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ def feature_store(repo: Path) -> Iterator[FeatureStore]:
 
 def apply(store: FeatureStore, output: Path) -> None:
     """Register the repo's definitions, as `feast apply` does. Raises ValueError where a source is not `output`'s."""
+    from feast import FileSource
     from feast.repo_operations import parse_repo
 
     sys.path.insert(0, str(Path.cwd()))
@@ -221,6 +222,7 @@ def apply(store: FeatureStore, output: Path) -> None:
     finally:
         sys.path.pop(0)
     for source in found.data_sources:
+        assert isinstance(source, FileSource), "the repo's sources are parquet files"
         wanted = (output / "sources" / f"{source.name}.parquet").resolve()
         if Path(source.path).resolve() != wanted:
             raise ValueError(f"feature_repo: source {source.name} is read from {source.path}, not from {wanted}")

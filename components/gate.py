@@ -60,7 +60,9 @@ def run(
                     f"{file}: {key} is {metrics[key]}, on disk is {on_disk}; run `dvc repro evaluate@{name}`"
                 )
         if (metrics["champion"] or {}).get("version") != (current or {}).get("version"):
-            raise ValueError(f"{file}: measured against another champion than {champion}; run `dvc repro evaluate@{name}`")
+            raise ValueError(
+                f"{file}: measured against another champion than {champion}; run `dvc repro evaluate@{name}`"
+            )
         rules = list(judge(config, metrics))
         passed = all(rule["passed"] for rule in rules)
         candidates[name] = {**judged, "auc": metrics["test"]["auc"], "passed": passed, "rules": rules}

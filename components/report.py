@@ -112,14 +112,13 @@ def data_table(found: dict[str, Any]) -> Content:
         warned = "".join(f"; {r['severity']}: {r['table']}.{r['column']} ({r['says'] or r['rule']})" for r in broken)
         rows.append(["rules that hold", f"{len(rules) - len(broken)} of {len(rules)}{warned}"])
     if dataset:
-        counts = ", ".join(
-            f"{name} {end - start:,}" for name, (start, end) in sorted(dataset["splits"].items(), key=lambda split: split[1])
-        )
+        splits = sorted(dataset["splits"].items(), key=lambda split: split[1])
+        counts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in splits)
         rows.append(["rows", f"{counts}; {dataset['bytes_per_row']} bytes each"])
     if found["smoke"].get("served"):
-        latency, golden = found["smoke"]["latency_ms"], found["smoke"]["golden"]
-        rows.append(["served", f"golden scores within {golden['max_abs_error']:.1e}; latency p50 {latency['p50']:.1f} ms, "
-                     f"p99 {latency['p99']:.1f} ms"])  # fmt: skip
+        latency, error = found["smoke"]["latency_ms"], found["smoke"]["golden"]["max_abs_error"]
+        times = f"latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
+        rows.append(["served", f"golden scores within {error:.1e}; {times}"])
     return "Data", ["", ""], rows
 
 
@@ -158,7 +157,7 @@ def page(found: dict[str, Any], tables: list[Content]) -> str:
 def slices_table(found: dict[str, Any]) -> Content:
     names = list(found["evaluate"])
     rows = []
-    for part in next(iter(found["evaluate"].values()), {}).get("slices", {}):
+    for part in found["evaluate"][names[0]]["slices"] if names else ():
         cells = [found["evaluate"][name]["slices"][part] for name in names]
         aucs = ["" if cell["auc"] is None else f"{cell['auc']:.4f}" for cell in cells]
         rows.append([part, f"{cells[0]['rows']:,}" + (" (small)" if cells[0]["small"] else ""), *aucs])

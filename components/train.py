@@ -110,7 +110,9 @@ def run(
     Raises ValueError on an unknown model or network key, a dataset that is not whole, and a loss that is not finite.
     """
     data = Dataset.open(dataset)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     torch.manual_seed(config.seed)
     model = build(model_name, config.network, data.schema).to(device)
     start = time.perf_counter()
@@ -149,8 +151,8 @@ def run(
         "seconds": round(seconds, 2),
         # Of the training steps alone, over the epochs that this process ran.
         "rows_per_second": round((last - first) / steps_seconds) if steps_seconds else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+    }
     write_json(metrics, found)
     shutil.rmtree(SCRATCH / model_name, ignore_errors=True)
     return found
@@ -162,7 +164,9 @@ def fit(
     """Epochs until the valid AUC stops rising. Returns progress, the best weights, mean seconds of an epoch's steps."""
     optimizer = adam(config, model)
     fingerprint = hashlib.sha256(
-        json.dumps([name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"]], sort_keys=True).encode()
+        json.dumps(
+            [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"]], sort_keys=True
+        ).encode()
     ).hexdigest()
     state = State(scratch, fingerprint)
     progress, best = state.load(model, optimizer) or (Progress(lr=config.lr), {})
@@ -239,10 +243,12 @@ def train_epoch(
 def score(model: Ranker, data: Dataset, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Logits and labels, float32, of a range of rows."""
     model.eval()
-    logits, labels = [], []
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
     for start in range(rows[0], rows[1], SCORE_BATCH):
         batch = data.batch(slice(start, min(start + SCORE_BATCH, rows[1])))
         logits.append(model(batch, data.catalog, data.click_log).logit_B.float())
+        assert batch.label_B is not None
         labels.append(batch.label_B)
     return torch.cat(logits), torch.cat(labels)
 

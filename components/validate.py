@@ -1,8 +1,7 @@
 """validate: Great Expectations judges the canonical data.
 
-Every rule has a severity: `critical` stops the run, `warning` is shown and passed on. Facts that no single row tells
-(an item is known, a vector is finite, a day's volume beside the days before it) are made columns first, and the
-expectation is then a plain statement on that column, so that the suites below read as the contract.
+The rules are in `rules.py`. Facts that no single row tells (an item is known, a vector is finite, a day's volume beside
+the days before it) are made columns here, and a rule is then a plain statement on that column.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC as ZONE
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,24 +62,26 @@ def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> di
 
     Raises ValueError that names table, column and rule, with three example rows, where a critical rule is broken.
     """
+    from components import rules
+
     data = Canonical(canonical)
     facts = read_json(canonical / "source.json", "ingest")
     until = parse_time("until", facts["until"]) if facts["until"] else None
     frames = {
-        "events": (event_frame(data), event_rules(until)),
-        "days": (day_frame(data, config, until), day_rules(config)),
-        "items": (item_frame(data), item_rules()),
-        "users": (data.users().to_pandas(), user_rules()),
+        "events": (event_frame(data), rules.event_rules(until)),
+        "days": (day_frame(data, config, until), rules.day_rules(config)),
+        "items": (item_frame(data), rules.item_rules()),
+        "users": (data.users().to_pandas(), rules.user_rules()),
     }
     items = data.items()["item_id"]
     for name, table in data.modalities().items():
-        frames[f"modality {name}"] = (vector_frame(table, items), vector_rules(name))
+        frames[f"modality {name}"] = (vector_frame(table, items), rules.vector_rules(name))
         share = 1 - len(pc.unique(table["item_id"])) / max(len(items), 1)
-        frames[f"coverage {name}"] = (pd.DataFrame({"missing_share": [share]}), coverage_rules(config))
+        frames[f"coverage {name}"] = (pd.DataFrame({"missing_share": [share]}), rules.coverage_rules(config))
     if until is not None:
         newest = pc.max(data.events()["timestamp"]).as_py()
         age = (until - newest).total_seconds() / 3600
-        frames["freshness"] = (pd.DataFrame({"newest": [newest], "age_hours": [age]}), freshness_rules(config))
+        frames["freshness"] = (pd.DataFrame({"newest": [newest], "age_hours": [age]}), rules.freshness_rules(config))
     verdicts = judge(frames, docs)
     broken = [v for v in verdicts if not v["passed"] and v["severity"] == "critical"]
     report = {
@@ -108,113 +108,6 @@ def require(report: Path, canonical: Path) -> None:
         raise ValueError(f"{report}: the data did not pass; mend it and run `dvc repro validate`")
     if content["canonical_sha256"] != folder_hash(canonical):
         raise ValueError(f"{report} judged other data than {canonical} holds now; run `dvc repro validate`")
-
-
-# ---- the suites -------------------------------------------------------------------------------------------------
-
-
-def event_rules(until: datetime | None) -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    latest = until or datetime.now(ZONE)
-    return [
-        *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("user_id", "item_id", "timestamp", "label")),
-        gxe.ExpectColumnValuesToBeInSet(column="label", value_set=[0, 1]),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=ZONE), max_value=latest
-        ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="item_is_known", value_set=[True], description="every event's item_id is in items"
-        ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="user_is_known", value_set=[True], description="every event's user_id is in users"
-        ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="is_in_its_day", value_set=[True], description="an event lies in the partition of its UTC day"
-        ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="is_first",
-            value_set=[True],
-            mostly=0.999,  # two in one second can be honest
-            description="no impression is there twice",
-            severity="warning",
-        ),
-    ]
-
-
-def day_rules(config: ValidateConfig) -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [
-        gxe.ExpectTableRowCountToBeBetween(min_value=1),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="rows_if_judged", min_value=1, description="no day among the newest is empty"
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="volume_ratio",
-            min_value=config.volume_ratio[0],
-            max_value=config.volume_ratio[1],
-            description="a day's rows over the median of the days before it",
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="label_rate", min_value=config.label_rate[0], max_value=config.label_rate[1]
-        ),
-    ]
-
-
-def item_rules() -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [
-        gxe.ExpectTableRowCountToBeBetween(min_value=1),
-        *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("item_id", "created_at")),
-        gxe.ExpectColumnValuesToBeUnique(column="item_id"),
-        gxe.ExpectColumnValuesToNotBeNull(column="title", severity="warning"),
-    ]
-
-
-def user_rules() -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [gxe.ExpectColumnValuesToNotBeNull(column="user_id"), gxe.ExpectColumnValuesToBeUnique(column="user_id")]
-
-
-def vector_rules(name: str) -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [
-        gxe.ExpectColumnValuesToNotBeNull(column="item_id"),
-        gxe.ExpectColumnValuesToBeUnique(column="item_id"),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="item_is_known", value_set=[True], description=f"every {name} vector's item_id is in items"
-        ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="is_usual_length", value_set=[True], description=f"all {name} vectors have one length"
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="non_finite_values", max_value=0, description=f"no NaN or infinity in a {name} vector"
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="norm", min_value=0, strict_min=True, description=f"no {name} vector is all zeros",
-            severity="warning",
-        ),
-    ]  # fmt: skip
-
-
-def coverage_rules(config: ValidateConfig) -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [
-        gxe.ExpectColumnValuesToBeBetween(
-            column="missing_share", max_value=config.max_missing_share, severity="warning"
-        )
-    ]
-
-
-def freshness_rules(config: ValidateConfig) -> list[Expectation]:
-    import great_expectations.expectations as gxe
-
-    return [gxe.ExpectColumnValuesToBeBetween(column="age_hours", max_value=config.max_age_hours)]
 
 
 # ---- the frames they judge --------------------------------------------------------------------------------------
@@ -297,6 +190,7 @@ def judge(frames: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import great_expectations as gx
     from great_expectations.checkpoint import UpdateDataDocsAction
+    from great_expectations.data_context.types.base import ProgressBarsConfig
     from tqdm import tqdm
 
     verdicts: list[dict[str, Any]] = []
@@ -304,14 +198,12 @@ def judge(frames: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
         gx_logger = logging.getLogger("great_expectations")
         gx_logger.setLevel(logging.ERROR)
         context = gx.get_context(mode="file", project_root_dir=root)
-        context.variables.progress_bars = {"globally": False}  # ours says which table is judged
+        context.variables.progress_bars = ProgressBarsConfig(globally=False)  # ours says which table is judged
         source = context.data_sources.add_pandas("canonical")
         for name, (frame, rules) in tqdm(frames.items(), "validate", unit="table", disable=None):
             batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
             suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=rules))
-            definition = context.validation_definitions.add(
-                gx.ValidationDefinition(name=name, data=batch, suite=suite)
-            )
+            definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
             checkpoint = context.checkpoints.add(
                 gx.Checkpoint(
                     name=name,

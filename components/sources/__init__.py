@@ -1,4 +1,4 @@
-"""Sources: adapters that turn somebody's raw files into canonical tables. A new source is one file and one line here."""
+"""Sources: adapters that turn somebody's raw files into canonical tables. A new one is a file and a line here."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class SimulatorConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share in [0, 1)")
         try:
-            datetime.strptime(self.start, "%Y-%m-%d")  # noqa: DTZ007
+            datetime.strptime(self.start, "%Y-%m-%d")
         except ValueError:
             raise ValueError(f"start is {self.start!r}; write a day such as 2026-01-01") from None
 
@@ -213,8 +213,7 @@ class World:
                 "created_at": pa.array(created_I * 1_000_000).cast(TIMESTAMP),
                 "title": [f"{a} {w} {f}" for a, w, f in zip(adjective_I, word_I, form_I, strict=True)],
                 "tags": [
-                    [names[t], names[s], f.lower()]
-                    for t, s, f in zip(self.topics_I, second_I, form_I, strict=True)
+                    [names[t], names[s], f.lower()] for t, s, f in zip(self.topics_I, second_I, form_I, strict=True)
                 ],
                 "text": pa.nulls(n, pa.string()),
             }

@@ -1,0 +1,140 @@
+"""Airflow on one machine, for `make airflow`: prepared, started, its address and login told, and gone after Ctrl-C.
+
+In place of `airflow standalone`, for three reasons: a Ctrl-C reaches its scheduler twice, from the terminal and from
+standalone, and leaves it hanging; a SIGTERM leaves all of its parts running; and its log servers listen on every
+interface, where these parts, on one disk, need none. Settings come from the environment, as for every Airflow command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+AIRFLOW = [sys.executable, "-m", "airflow"]
+PARTS = {  # in the order in which they stop: tasks tell the API server how they ended
+    "scheduler": ["--skip-serve-logs"],
+    "triggerer": ["--skip-serve-logs"],
+    "dag-processor": [],
+    "api-server": [],
+}
+TRAINING_SLOTS = 2  # of the pool `gpu`: both models at the same time
+READY_SECONDS, STOP_SECONDS = 300, 60
+
+
+def main() -> int:
+    home = Path(os.environ["AIRFLOW_HOME"])
+    logs = home / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    url = f"http://127.0.0.1:{os.environ.get('AIRFLOW__API__PORT', '8080')}"
+    print(f"Airflow starts; its own logs are in {logs}", flush=True)
+    for words in (["db", "migrate"], ["pools", "set", "gpu", str(TRAINING_SLOTS), "models that train at a time"]):
+        done = subprocess.run([*AIRFLOW, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            print(f"{done.stdout}\n`airflow {' '.join(words)}` ended with {done.returncode}", file=sys.stderr)
+            return 1
+    with running(logs) as parts:
+        deadline = time.monotonic() + READY_SECONDS
+        while not healthy(url):
+            if time.monotonic() > deadline:
+                print(f"Airflow is not ready after {READY_SECONDS} s; see {logs}", file=sys.stderr)
+                return 1
+            if not all_alive(parts, logs):
+                return 1
+            time.sleep(0.5)
+        passwords = home / "simple_auth_manager_passwords.json.generated"
+        passwords.chmod(0o600)
+        print(f"Airflow is ready: {url}  user and password: {passwords.read_text().strip()}", flush=True)
+        print("Ctrl-C stops it, and the tasks that run; they are tried again after the next start", flush=True)
+        while all_alive(parts, logs):
+            time.sleep(1)
+    return 1
+
+
+@contextmanager
+def running(logs: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Every part in a session of its own, so that a Ctrl-C reaches this process alone, while the block lasts."""
+    parts: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, options in PARTS.items():
+            with (logs / f"{name}.log").open("ab") as log:
+                command = [*AIRFLOW, name, *options]
+                parts[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        yield parts
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave half of them running
+            signal.signal(number, signal.SIG_IGN)
+        print("Airflow stops", flush=True)
+        for name, part in parts.items():
+            stop(name, part)
+
+
+def stop(name: str, part: subprocess.Popen[bytes]) -> None:
+    """End one part, and the tasks of a scheduler: it would wait for them, hours for a training."""
+    part.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    told: set[int] = set()
+    while part.poll() is None and time.monotonic() < deadline:
+        if name == "scheduler":
+            for task in set(tasks(part.pid)) - told:
+                told.add(task)
+                with suppress(ProcessLookupError):
+                    os.kill(task, signal.SIGTERM)  # Airflow's task process ends the command that it runs
+        time.sleep(0.2)
+    with suppress(ProcessLookupError):
+        os.killpg(part.pid, signal.SIGKILL)
+    part.wait()
+
+
+def tasks(scheduler: int) -> list[int]:
+    """The task processes: the children of LocalExecutor's workers, which are the scheduler's children."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], stdout=subprocess.PIPE, text=True, check=True).stdout
+    children = defaultdict(list)
+    for line in listed.splitlines():
+        pid, parent = map(int, line.split())
+        children[parent].append(pid)
+    return [task for worker in children[scheduler] for task in children[worker]]
+
+
+def healthy(url: str) -> bool:
+    """Whether the API answers and has heard of a scheduler and a DAG processor that live."""
+    try:
+        with urllib.request.urlopen(f"{url}/api/v2/monitor/health", timeout=5) as answer:  # noqa: S310
+            found = answer.read().decode()
+    except (urllib.error.URLError, OSError):
+        return False
+    health = json.loads(found)
+    return all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor"))
+
+
+def all_alive(parts: dict[str, subprocess.Popen[bytes]], logs: Path) -> bool:
+    for name, part in parts.items():
+        if part.poll() is not None:
+            said = (logs / f"{name}.log").read_text(errors="replace")[-2000:]
+            print(f"{said}\n`airflow {name}` ended with {part.returncode}", file=sys.stderr)
+            return False
+    return True
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    # A shell starts background jobs with SIGINT ignored: take it all the same, and SIGTERM like it.
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(0)
