@@ -14,7 +14,11 @@ export BENTOML_HOME := $(CURDIR)/.bentoml
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export AIRFLOW__CORE__DAGS_FOLDER := $(CURDIR)/dags
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
+export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION := False
+export AIRFLOW__CORE__PARALLELISM := 4
 export AIRFLOW__API__HOST := 127.0.0.1
+export AIRFLOW__API__PORT := 8080
+export AIRFLOW__CORE__EXECUTION_API_SERVER_URL = http://127.0.0.1:$(AIRFLOW__API__PORT)/execution/
 export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
 
 PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
@@ -42,8 +46,8 @@ serve: .venv  ## the approved Bento on http://127.0.0.1:3000
 promote: .venv  ## make the packaged model the champion (git tags)
 	python -m components promote
 
-airflow: .venv  ## Airflow on http://127.0.0.1:8080 with the daily DAG
-	airflow standalone
+airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (Ctrl-C stops it)
+	python dags/local.py
 
 # torch brings the CUDA packages of its own build: the lock names none, so that a CPU build brings none.
 lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin changes only where it must)

@@ -10,6 +10,7 @@ import errno
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -42,6 +43,7 @@ Champion = Annotated[Path, typer.Option(help="champion.json: which version serve
 Output = Annotated[Path, typer.Option(help="What this step writes, whole or not at all.")]
 Model = Annotated[str, typer.Argument(help="Its section under `train` in params.yaml: qin or sdcnv3.")]
 PARAMS = Path("params.yaml")
+DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
 
 
 @app.command()
@@ -286,8 +288,8 @@ def main(arguments: list[str]) -> int:
         console.print(str(error), markup=False, soft_wrap=True)
         console.print(f"(raised at {frame.filename}:{frame.lineno})", style="dim", markup=False, soft_wrap=True)
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_full(error):
             raise
         free = shutil.disk_usage(Path.cwd()).free / 2**20
         console.print(
@@ -299,6 +301,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether it, or what led to it, says so: the engines have kinds of their own, and most carry no errno."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 STAGES: dict[str, Callable[..., None]] = {
     command.callback.__name__: command.callback
     for command in app.registered_commands
@@ -308,6 +321,7 @@ STAGES: dict[str, Callable[..., None]] = {
 if __name__ == "__main__":
     # Telemetry off, in this process and in those it starts.
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "BENTOML_DO_NOT_TRACK": "True"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a step has started ends with it
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -61,7 +61,7 @@ def read_json(path: Path, written_by: str) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; run `dvc repro {written_by}`, which writes it") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is not whole ({error}); run `dvc repro --force {written_by}`") from None
 
 

@@ -21,9 +21,15 @@ STAGE = "champion"
 
 
 def current(pointer: Path) -> dict[str, Any] | None:
-    """What champion.json says: name, version, revision, model, checkpoint_sha256; None before the first promotion."""
-    content = read_json(pointer, "nothing: it is in git; `git checkout champion.json`")
-    return content if content["version"] is not None else None
+    """What champion.json says: name, version, revision, model, checkpoint_sha256; None before the first promotion.
+
+    Raises ValueError where it is missing or is no pointer.
+    """
+    try:
+        content = json.loads(pointer.read_text())
+        return content if content["version"] is not None else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{pointer}: {error!r}; it is in git: run `git checkout {pointer}`") from None
 
 
 @contextmanager
@@ -48,8 +54,8 @@ def checkpoint(champion: dict[str, Any]) -> Iterator[Path]:
             ) from error
         if (found := checkpoint_hash(folder)) != champion["checkpoint_sha256"]:
             raise ValueError(
-                f"champion {champion['version']}: DVC holds checkpoint {found}, "
-                f"champion.json names {champion['checkpoint_sha256']}; `git checkout champion.json`"
+                f"champion {champion['version']}: DVC holds checkpoint {found} at {champion['revision']}, but the "
+                f"champion is {champion['checkpoint_sha256']}; `git checkout champion.json`, or `dvc repro` and commit"
             )
         yield folder
 
@@ -63,7 +69,7 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
 
     built, tested = read_json(package / "package.json", "package"), read_json(smoke, "smoke")
     if not built["built"]:
-        raise ValueError(f"{package}: the gate rejected, nothing was built: {'; '.join(built['reasons'])}")
+        raise ValueError(f"{package}: the gate rejected, nothing was built: {'; '.join(built['reason'])}")
     if not tested.get("passed") or tested.get("tag") != built["tag"]:
         raise ValueError(f"{smoke}: {built['tag']} has not passed the smoke test; run `dvc repro smoke`")
     if _git("status", "--porcelain", "--", "dvc.lock", "params.yaml", "dvc.yaml", "components", "models"):
@@ -71,8 +77,10 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
             "promote: the run is not committed, so no tag could lead back to it; "
             "run `git add dvc.lock params.yaml && git commit`, and `dvc push`, first"
         )
-    name = built["name"]
+    name = built["tag"].partition(":")[0]
     facts = {"model": built["model"], "checkpoint_sha256": built["checkpoint_sha256"], "bento": built["tag"]}
+    with checkpoint({"version": "to be", "revision": "HEAD", **facts}):
+        pass  # the commit leads to the bytes that were built, and not to those of another run
     version = register(repo=".", name=name, ref="HEAD", message=json.dumps(facts), force=True).version
     _point(pointer, name, version, facts)
     return f"{name} {version} ({built['tag']}) is the champion; commit {pointer} and `git push --tags`"

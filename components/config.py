@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -33,7 +34,7 @@ def section(params: Path, name: str) -> dict[str, Any]:
 def load(params: Path, name: str, config: type[Config]) -> Config:
     """One section of params.yaml as its dataclass.
 
-    Raises ValueError that names each key that is unknown, missing or of a wrong type or range, all at once.
+    Raises ValueError that names every key that is unknown, missing or of a wrong type, or the first out of its range.
     """
     raw = section(params, name)
     _forbid_unknown_keys(config)
@@ -50,6 +51,8 @@ def load(params: Path, name: str, config: type[Config]) -> Config:
                     problems.append(f"{key}: missing; add it")
                 case "value_error":
                     problems.append(f"{key}: {problem['msg'].removeprefix('Value error, ')}")
+                case "string_type" if isinstance(problem["input"], date):
+                    problems.append(f"{key} is {problem['input']}, which YAML takes for a time; put it in quotes")
                 case _:
                     problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
         raise ValueError(f"{params}:\n  " + "\n  ".join(problems)) from None

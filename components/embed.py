@@ -75,7 +75,8 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
             f"embed.dim is {config.dim}, but {joint_IE.shape[1]} values of {int(train.sum())} training items "
             f"span at most {most} dimensions; lower it to {most} or less"
         )
-    embedding_IE, fit["pca.mean"], fit["pca.components"], explained = reduce(config, joint_IE, train)
+    embedding_IE, pca, explained = reduce(config, joint_IE, train)
+    fit |= pca
     has = {f"has_{name}": ~np.isnan(x_IE[:, 0]) for name, x_IE in sorted(vectors.items())}
     nothing = ~np.any(list(has.values()), axis=0)
     with new_folder(output) as folder:
@@ -87,7 +88,7 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
             "explained_variance": explained,
             "items": len(items),
             "training_items": int(train.sum()),
-            "missing": {name: int((~mask).sum()) for name, mask in has.items()},
+            "missing": {name.removeprefix("has_"): int((~mask).sum()) for name, mask in has.items()},
             "missing_all": int(nothing.sum()),
         }
         write_json(folder / "fit.json", {**facts, "text_terms": terms})
@@ -126,16 +127,20 @@ def standardise(x_IE: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def reduce(
     config: EmbedConfig, joint_IE: np.ndarray, train: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """PCA to `dim` fitted on the training items. Returns vectors, mean, components, share of variance kept."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """PCA to `dim` fitted on the training items. Returns vectors, the fit and the share of variance kept.
+
+    A vector is (joint - pca.mean) · pca.componentsᵀ / pca.scale.
+    """
     from sklearn.decomposition import PCA
 
     pca = PCA(config.dim, svd_solver="covariance_eigh").fit(joint_IE[train])
     chunks = [pca.transform(joint_IE[i : i + FIT_BATCH]) for i in range(0, len(joint_IE), FIT_BATCH)]
     embedding_IE = np.concatenate(chunks).astype(np.float32)
     # One scale for all, so that the vectors enter a network with unit variance and keep their directions.
-    embedding_IE /= embedding_IE[train].std() or 1
-    return embedding_IE, pca.mean_, pca.components_, float(pca.explained_variance_ratio_.sum())
+    scale = embedding_IE[train].std() or np.float32(1)
+    fit = {"pca.mean": pca.mean_, "pca.components": pca.components_, "pca.scale": np.array([scale])}
+    return embedding_IE / scale, fit, float(pca.explained_variance_ratio_.sum())
 
 
 def embed_texts(
@@ -148,7 +153,16 @@ def embed_texts(
     known = texts.is_valid().to_numpy()
     words = texts.fill_null("").to_numpy(zero_copy_only=False)
     tfidf = TfidfVectorizer(max_features=config.text_features, sublinear_tf=True, stop_words="english", min_df=2)
-    fitted = tfidf.fit_transform(words[train & known])
+    try:
+        fitted = tfidf.fit_transform(words[train & known])
+        terms = fitted.shape[1]
+    except ValueError:  # scikit-learn found no term
+        terms = 0
+    if terms < 2:
+        raise ValueError(
+            f"embed: the training items' texts share {terms} term(s), {int((train & known).sum())} items have a text; "
+            "SVD needs 2 terms: give the source longer texts, or text vectors"
+        )
     width = min(config.text_dim, min(fitted.shape) - 1)
     svd = TruncatedSVD(width, random_state=config.seed).fit(fitted)
     vectors_IE = np.full((len(words), width), np.nan, dtype=np.float64)

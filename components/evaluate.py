@@ -62,7 +62,8 @@ def run(
     labels = data.columns["label"][start:end].numpy().astype(np.int8)
     if not 0 < labels.mean() < 1:
         raise ValueError(
-            f"evaluate: the test days hold {int(labels.sum())} clicks in {len(labels)} rows; nothing to rank"
+            f"evaluate: the test days hold {int(labels.sum())} clicks in {len(labels)} rows; nothing to rank. "
+            "Raise split.test_share or give more days"
         )
     users = data.columns["user"][start:end].numpy()
     scores = predict(trained, data, (start, end))
@@ -224,6 +225,11 @@ def intervals(
         if minus is not None:
             value -= roc_auc_score(labels[kept], minus[kept], sample_weight=weights[kept])
         found.append(value)
+    if not found:
+        raise ValueError(
+            f"evaluate.bootstrap is {config.bootstrap}: no resample of {user.max() + 1} users held both classes; "
+            "raise it, or give more test days"
+        )
     low, high = (float(v) for v in np.quantile(found, [0.025, 0.975]))
     if minus is None:
         return {"auc_low": low, "auc_high": high}

@@ -59,9 +59,10 @@ def run(
                 raise ValueError(
                     f"{file}: {key} is {metrics[key]}, on disk is {on_disk}; run `dvc repro evaluate@{name}`"
                 )
-        if (metrics["champion"] or {}).get("version") != (current or {}).get("version"):
+        against, serves = ((one or {}).get("version", "no champion") for one in (metrics["champion"], current))
+        if against != serves:
             raise ValueError(
-                f"{file}: measured against another champion than {champion}; run `dvc repro evaluate@{name}`"
+                f"{file}: measured against {against}, {champion} names {serves}; run `dvc repro evaluate@{name}`"
             )
         rules = list(judge(config, metrics))
         passed = all(rule["passed"] for rule in rules)
@@ -94,7 +95,8 @@ def judge(config: GateConfig, metrics: dict[str, Any]) -> Iterator[dict[str, Any
     yield _at_most("logloss_ratio", test["logloss"] / test["base_logloss"], config.max_logloss_ratio)
     if (champion := metrics["champion"]) is None:
         return
-    yield _at_most("auc_loss", champion["test"]["auc"] - test["auc"], config.max_auc_loss)
+    loss = None if test["auc"] is None else champion["test"]["auc"] - test["auc"]
+    yield _at_most("auc_loss", loss, config.max_auc_loss)
     for name, theirs in champion["slices"].items():
         ours = metrics["slices"][name]
         if not ours["small"] and ours["auc"] is not None:

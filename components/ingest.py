@@ -50,7 +50,7 @@ def parse_time(name: str, text: str) -> datetime:
     except ValueError:
         raise ValueError(f"{name} is {text!r}; write an ISO time such as 2026-01-31T00:00:00+00:00") from None
     if time.tzinfo is None:
-        raise ValueError(f"{name} is {text!r}, a time without a zone; add one, e.g. {text}+00:00")
+        raise ValueError(f"{name} is {text!r}, a time without a zone; add one, e.g. {time.isoformat()}+00:00")
     return time.astimezone(ZONE)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +55,11 @@ def collect(root: Path) -> dict[str, Any]:
         file = root / path
         return pd.read_csv(file) if file.is_file() else pd.DataFrame()
 
+    decision, package, smoke = (
+        of(f"artifacts/{name}.json") for name in ("gate/decision", "package/package", "smoke/smoke")
+    )
+    if package.get("checkpoint_sha256") != decision.get("checkpoint_sha256"):
+        package = smoke = {}  # of an earlier run: what this gate decided on was not built
     models = sorted(folder.parent.name for folder in (root / "artifacts/evaluate").glob("*/evaluation.json"))
     return {
         "source": of("data/canonical/source.json"),
@@ -65,9 +70,9 @@ def collect(root: Path) -> dict[str, Any]:
         "history": {name: csv(f"artifacts/train/{name}_history.csv") for name in models},
         "calibration": {name: csv(f"artifacts/evaluate/{name}/calibration.csv") for name in models},
         "roc": {name: csv(f"artifacts/evaluate/{name}/roc.csv") for name in models},
-        "decision": of("artifacts/gate/decision.json"),
-        "package": of("artifacts/package/package.json"),
-        "smoke": of("artifacts/smoke/smoke.json"),
+        "decision": decision,
+        "package": package,
+        "smoke": smoke,
         "stages": {name: of(f".scratch/stages/{name}.json") for name in STAGES.split()},
     }
 
@@ -147,7 +152,7 @@ def _rich(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 def page(found: dict[str, Any], tables: list[Content]) -> str:
     """The HTML page: self-contained, its plots inline SVG."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(
         decision=found["decision"], package=found["package"], smoke=found["smoke"], source=found["source"],
         tables=[table for table in tables if table[2]], plots=plots(found), slices=slices_table(found),
@@ -185,6 +190,8 @@ def plots(found: dict[str, Any]) -> list[tuple[str, str]]:
     if any(len(frame) for frame in found["history"].values()):
         axes, _ = draw("Valid AUC by epoch", "epoch", "valid AUC")
         for name, frame in found["history"].items():
+            if frame.empty:  # evaluated here, trained elsewhere
+                continue
             axes.plot(frame["epoch"], frame["valid_auc"], marker="o", label=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from components.artifacts import new_file, new_folder, write_json
+import models
+from components.artifacts import file_hash, new_file, new_folder, write_json
 from components.dataset import Dataset
 from models.layers import Ranker
 from models.metrics import auc
@@ -69,8 +70,11 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"lr_factor is {self.lr_factor}; it must be in (0, 1]")
-        if self.embedding_l2 < 0:
-            raise ValueError(f"embedding_l2 is {self.embedding_l2}; it cannot be negative")
+        for name in ("embedding_l2", "lr_patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}; it must be in [0, lr], and lr is {self.lr}")
 
 
 @dataclass
@@ -110,9 +114,13 @@ def run(
     Raises ValueError on an unknown model or network key, a dataset that is not whole, and a loss that is not finite.
     """
     data = Dataset.open(dataset)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    valid = data.columns["label"][slice(*data.splits["valid"])]
+    if not 0 < int(valid.sum()) < len(valid):
+        raise ValueError(
+            f"{dataset}: the valid days hold {int(valid.sum())} clicks in {len(valid)} rows, and training watches "
+            "their AUC; raise split.valid_share or give more days"
+        )
+    device = _device(model_name, config.device)
     torch.manual_seed(config.seed)
     model = build(model_name, config.network, data.schema).to(device)
     start = time.perf_counter()
@@ -158,6 +166,17 @@ def run(
     return found
 
 
+def _device(name: str, wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: this torch knows no CUDA
+        raise ValueError(f"train.{name}.device is {wanted!r}: {error}; give auto, cpu or cuda:0") from None
+    return device
+
+
 def fit(
     config: TrainConfig, model: Ranker, data: Dataset, scratch: Path, name: str
 ) -> tuple[Progress, dict[str, Tensor], float]:
@@ -165,7 +184,7 @@ def fit(
     optimizer = adam(config, model)
     fingerprint = hashlib.sha256(
         json.dumps(
-            [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"]], sort_keys=True
+            [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], _code()], sort_keys=True
         ).encode()
     ).hexdigest()
     state = State(scratch, fingerprint)
@@ -186,6 +205,7 @@ def fit(
             "valid_auc": auc(label_B, score_B),
             "valid_logloss": float(nn.functional.binary_cross_entropy_with_logits(score_B, label_B)),
         }
+        _require_finite(config, name, progress.epoch, found["valid_logloss"])  # the last step may have spoilt it
         if progress.note(config, found):
             best = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
         state.save(model, optimizer, progress, best)
@@ -231,12 +251,16 @@ def train_epoch(
         total += loss.detach().double() * len(rows)
         rows_seen += len(rows)
     mean = float(total) / rows_seen
-    if not math.isfinite(mean):
+    _require_finite(config, name, epoch, mean)
+    return mean
+
+
+def _require_finite(config: TrainConfig, name: str, epoch: int, loss: float) -> None:
+    if not math.isfinite(loss):
         raise ValueError(
-            f"{name}: the loss is {mean} in epoch {epoch + 1}; the epoch before it is kept. "
+            f"{name}: the loss is {loss} in epoch {epoch + 1}; the epoch before it is kept. "
             f"Lower train.{name}.lr ({config.lr}) or clip_norm ({config.clip_norm})"
         )
-    return mean
 
 
 @torch.inference_mode()
@@ -258,6 +282,12 @@ def _chunks(order: Tensor, size: int) -> Iterator[Tensor]:
     return (chunk for chunk in order.split(size) if len(chunk) > 1)
 
 
+def _code() -> list[str]:
+    """Hashes of what computes an epoch: weights that other code trained are no start for this one."""
+    files = [Path(__file__), *sorted(Path(models.__file__ or "").parent.glob("*.py"))]
+    return [torch.__version__, *(file_hash(file) for file in files)]
+
+
 class State:
     """A run's state on disk: state.safetensors with weights, best weights and Adam's moments, and its JSON header."""
 
@@ -274,7 +304,7 @@ class State:
             safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, scratch, header)
 
     def load(self, model: Ranker, optimizer: torch.optim.Adam) -> tuple[Progress, dict[str, Tensor]] | None:
-        """None where there is no state, or it is of another config or dataset."""
+        """None where there is no state, or it is of another config, dataset or code."""
         if not self.file.is_file():
             return None
         with safetensors.safe_open(self.file, framework="pt") as opened:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from components.artifacts import new_file
+from components.config import section
 
 if TYPE_CHECKING:
     from components.ingest import IngestConfig
@@ -47,15 +48,23 @@ def read(config: IngestConfig) -> RawTables:
 def use(source: str, raw: str | None, params: Path) -> None:
     """Write `ingest.source` and `ingest.raw` of params.yaml, comments kept. Raises ValueError as `check` does."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Representer(RoundTripRepresenter):
+        """Ruamel's own, but a null is written as the word, as in params.yaml."""
+
+    Representer.add_representer(type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null"))
 
     if source in SOURCES and raw is None:
         if source != "simulator":
             raise ValueError(f"{source} reads files: name their path with --raw PATH")
         raw = SIMULATOR_RAW
     check(source, str(raw))
+    section(params, "ingest")
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 120
+    yaml.Representer = Representer
     content = yaml.load(params)
     if (content["ingest"]["source"], content["ingest"]["raw"]) != (source, raw):
         content["ingest"]["source"], content["ingest"]["raw"] = source, raw

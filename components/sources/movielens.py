@@ -86,17 +86,20 @@ def _table(raw: Path, name: str, columns: list[str], kind: pa.DataType) -> pa.Ta
     path = next((p for p in (raw / name, raw / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise ValueError(f"ingest.raw: {raw} holds no {name} or {name}.gz; it must be a folder in the ml-1m layout")
-    with pa.input_stream(str(path), compression="detect") as stream:
-        text = stream.read().decode("latin-1")
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            text = stream.read().decode("latin-1")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read whole: {error}. Copy it again") from None
     try:  # no byte of these files is a tab, and Arrow's reader takes one character as its separator
         return csv.read_csv(
             io.BytesIO(text.replace("::", "\t").encode()),
-            csv.ReadOptions(column_names=columns),
+            csv.ReadOptions(column_names=columns, use_threads=False),  # one thread knows a broken line's number
             csv.ParseOptions(delimiter="\t", quote_char=False),
             csv.ConvertOptions(column_types=dict.fromkeys(columns, kind), strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not the ml-1m layout {'::'.join(columns)}: {error}") from None
+        raise ValueError(f"{path}: not the ml-1m layout {'::'.join(columns)}: {error}. Mend the file") from None
 
 
 def _rename(column: pa.ChunkedArray, names: dict[str, str]) -> pa.Array:

@@ -203,7 +203,8 @@ class World:
         names = list(TOPICS)
         rng, n = self.rng, self.config.items
         words = np.array(list(TOPICS.values()))
-        second_I = np.argsort(self.z_IK, axis=1)[:, -2]
+        others_IK = np.where(np.eye(len(names))[self.topics_I], -np.inf, self.z_IK)
+        second_I = np.argmax(others_IK, axis=1)
         word_I = words[self.topics_I, rng.integers(0, words.shape[1], n)]
         adjective_I, form_I = (np.array(pool)[rng.integers(0, len(pool), n)] for pool in (ADJECTIVES, FORMS))
         created_I = int(self.start.timestamp()) + np.where(self.arrival_I > 0, self.arrival_I, -30) * 86_400

@@ -173,7 +173,7 @@ def test_a_rejection_ends_green_with_nothing_shipped_and_a_report(project, appro
     shipped = project.root / "artifacts/package/package.json"
     before = shipped.stat().st_mtime_ns
     report = project.root / "artifacts/report.html"
-    report.unlink()
+    report.unlink(missing_ok=True)
     project.set_params({"gate.min_auc": 0.999})
     try:
         state, tasks, ran = run_dag(project)
@@ -190,7 +190,7 @@ def test_a_rejection_ends_green_with_nothing_shipped_and_a_report(project, appro
 @pytest.mark.slow
 def test_a_broken_contract_ends_red_with_nothing_after_it(project, approved) -> None:
     report = project.root / "artifacts/report.html"
-    report.unlink()
+    report.unlink(missing_ok=True)
     project.set_params({"validate.label_rate": [0.9, 0.95]})
     try:
         state, tasks, ran = run_dag(project)
