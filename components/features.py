@@ -225,7 +225,10 @@ def apply(store: FeatureStore, output: Path) -> None:
         assert isinstance(source, FileSource), "the repo's sources are parquet files"
         wanted = (output / "sources" / f"{source.name}.parquet").resolve()
         if Path(source.path).resolve() != wanted:
-            raise ValueError(f"feature_repo: source {source.name} is read from {source.path}, not from {wanted}")
+            raise ValueError(
+                f"feature_repo: source {source.name} is read from {source.path}, not from {wanted}; "
+                "write to the folder that feature_repo/definitions.py reads, or mend the path there"
+            )
     store.apply([*found.entities, *found.data_sources, *found.feature_views, *found.feature_services])
 
 
