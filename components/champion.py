@@ -72,7 +72,18 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
         raise ValueError(f"{package}: the gate rejected, nothing was built: {'; '.join(built['reason'])}")
     if not tested.get("passed") or tested.get("tag") != built["tag"]:
         raise ValueError(f"{smoke}: {built['tag']} has not passed the smoke test; run `dvc repro smoke`")
-    if _git("status", "--porcelain", "--", "dvc.lock", "params.yaml", "dvc.yaml", "components", "models"):
+    if _git(
+        "status",
+        "--porcelain",
+        "--",
+        "dvc.lock",
+        "params.yaml",
+        "dvc.yaml",
+        "components",
+        "models",
+        "bento",
+        "feature_repo",
+    ):
         raise ValueError(
             "promote: the run is not committed, so no tag could lead back to it; "
             "run `git add dvc.lock params.yaml && git commit`, and `dvc push`, first"

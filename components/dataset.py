@@ -38,7 +38,8 @@ TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """history_length  newest clicks of a user that a row points at
-    min_count       rows of the training days in which a value must occur to get an index of its own
+    min_count       rows of the training days in which a value must occur to get an index of its own;
+                    for a tag: items shown in those days that must have it
     max_tags        tags kept of an item
     """
 

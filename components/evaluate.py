@@ -219,7 +219,7 @@ def intervals(
     for _ in range(config.bootstrap):
         weights = rng.poisson(1, user.max() + 1)[user]  # as many resampled users as there are, on average
         kept = weights > 0
-        if not 0 < labels[kept].mean() < 1:
+        if not labels[kept].any() or labels[kept].all():
             continue
         value = roc_auc_score(labels[kept], auc[kept], sample_weight=weights[kept])
         if minus is not None:

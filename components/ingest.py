@@ -19,8 +19,14 @@ import pyarrow.parquet as pq
 
 from components import sources
 from components.artifacts import new_folder, write_json
-from components.contracts import EVENTS, ITEMS, ORACLE, USERS, VECTORS, conform, write_days
+from components.contracts import EVENTS, ITEMS, ORACLE, USERS, VECTORS, attributes, conform, write_days
 from components.sources.simulator import SimulatorConfig
+
+# Names that later steps give to features, or to columns of their joins.
+RESERVED = {
+    "user_id", "item_id", "row_id", "event_timestamp", "tags", "embedding", "history", "views", "clicks",
+    "views_level", "clicks_level", "clicks_start", "clicks_end",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,12 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
     users = conform(raw.users, USERS, f"{config.source} users")
     items = conform(raw.items, ITEMS, f"{config.source} items")
+    extra = [*attributes(events, EVENTS), *attributes(users, USERS), *attributes(items, ITEMS)]
+    if clashing := sorted({name for name in extra if name in RESERVED or extra.count(name) > 1}):
+        raise ValueError(
+            f"{config.source}: extra columns {clashing} have a name that another table's column or a feature of the "
+            "pipeline has; rename them where the data is written"
+        )
     with new_folder(output) as folder:
         days = write_days(events, folder / "events")
         pq.write_table(users, folder / "users.parquet")

@@ -1,0 +1,192 @@
+"""A small dataset on disk with something to learn, as `dataset` would have written it: `raw_rows`, `write_dataset`.
+
+A user has a taste (some users: none known), an item a kind; a click is likely where both are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from components.artifacts import file_hash
+from components.dataset import encode_column
+from models.registry import save_encoder
+from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
+
+TASTES = ("jazz", "folk", "rock", "pop")
+HISTORY = 6
+NETWORKS: dict[str, dict[str, Any]] = {
+    "qin": {"dim": 8, "attention_dim": 8, "layers": 1, "rows": 2, "dropout": 0.1},
+    "sdcnv3": {"dim": 8, "heads": 1, "deep_layers": 1, "shallow_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Impressions in time order, with raw ids; row i's history is click_items[end[i] - length[i] : end[i]]."""
+
+    user: np.ndarray
+    item: np.ndarray
+    hour: np.ndarray
+    taste: list[str | None]
+    label: np.ndarray
+    oracle: np.ndarray
+    click_items: np.ndarray
+    end: np.ndarray
+    length: np.ndarray
+    splits: dict[str, tuple[int, int]]
+
+
+def kind(item: int) -> str:
+    return TASTES[item % 4]
+
+
+def vector(item: int) -> list[float]:
+    """Of width 3; every fifth item has none."""
+    rng = np.random.default_rng(item)
+    return [0.0] * 3 if item % 5 == 0 else rng.normal(size=3).astype(np.float32).tolist()
+
+
+def draw_rows(seed: int = 0, rows: int = 2600, users: int = 80, items: int = 50) -> RawRows:
+    """The last users and items are seen in the test rows alone."""
+    rng = np.random.default_rng(seed)
+    valid, test = int(rows * 0.6), int(rows * 0.8)
+    late = np.arange(rows) >= test
+    user = 1000 + 3 * rng.integers(0, np.where(late, users, users - 8))
+    item = 50 + rng.integers(0, np.where(late, items, items - 6))
+    taste = [None if u % 11 == 0 else TASTES[int(u) % 4] for u in user]
+    same = np.array([TASTES[int(u) % 4] == kind(int(i)) for u, i in zip(user, item, strict=True)])
+    oracle = np.where(same, 0.8, 0.1).astype(np.float32)
+    label = (rng.random(rows) < oracle).astype(np.int8)
+    clicks: dict[int, list[int]] = {int(u): [] for u in sorted(set(user.tolist()))}
+    before = np.zeros(rows, dtype=np.int64)
+    for row in range(rows):
+        before[row] = len(clicks[int(user[row])])
+        if label[row]:
+            clicks[int(user[row])].append(int(item[row]))
+    first = dict(zip(clicks, np.cumsum([0, *(len(own) for own in clicks.values())]), strict=False))
+    return RawRows(
+        user, item, rng.integers(0, 24, rows), taste, label, oracle,
+        np.array([i for own in clicks.values() for i in own], dtype=np.int64),
+        np.array([first[int(u)] for u in user]) + before, np.minimum(before, HISTORY),
+        {"train": (0, valid), "valid": (valid, test), "test": (test, rows)},
+    )  # fmt: skip
+
+
+def make_encoder(
+    users: Sequence[int], hours: Sequence[int], tastes: Sequence[str], items: Sequence[int], name: str = "today"
+) -> tuple[Encoder, Catalog]:
+    """Over these raw values; `name` is the embedding version. Every list is sorted first, tastes are taken as given."""
+    users, hours, items = sorted(users), sorted(hours), sorted(items)
+
+    def field(name: str, size: int, origin: Any, vocab: tuple[str, ...] | None = None) -> Feature:
+        return Feature(
+            name=name, owner="impression", kind="categorical", size=size + SPECIAL, origin=origin, vocab=vocab
+        )
+
+    schema = Schema(
+        features=(
+            field("user_id", len(users), "user"),
+            field("taste", len(tastes), "user", tuple(tastes)),
+            field("hour", len(hours), "context"),
+            Feature(name="item_id", owner="item", kind="categorical", size=len(items) + SPECIAL),
+            Feature(name="kind", owner="item", kind="categorical", size=len(TASTES) + SPECIAL, vocab=TASTES),
+            Feature(name="embedding", owner="item", kind="vector", size=3),
+        ),
+        history_length=HISTORY,
+        embedding_version=name,
+    )
+    integers = {"user_id": torch.tensor(users), "hour": torch.tensor(hours), "item_id": torch.tensor(items)}
+    nothing = torch.iinfo(torch.int64).min
+    rows = torch.arange(len(items)) + SPECIAL
+    kinds = torch.tensor([TASTES.index(kind(item)) + SPECIAL for item in items])
+    catalog = Catalog(
+        torch.tensor([nothing, nothing, *items]),
+        torch.cat([torch.tensor([[0, 0], [1, 1]]), torch.stack([rows, kinds], 1)]),
+        {},
+        torch.tensor([[0.0] * 3, [0.0] * 3, *(vector(item) for item in items)]),
+    )
+    return Encoder(schema, integers), catalog
+
+
+def encoder_of(raw: RawRows) -> tuple[Encoder, Catalog]:
+    """Vocabularies of the training rows, and a catalog of all items."""
+    train = slice(*raw.splits["train"])
+    return make_encoder(
+        sorted(set(raw.user[train].tolist())), range(24), TASTES, sorted(set(raw.item.tolist()))
+    )  # fmt: skip
+
+
+def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Path:
+    """The dataset folder. Labels may be changed first: the click log is the one that was drawn."""
+
+    def encoded(name: str, values: Any) -> torch.Tensor:
+        return encode_column(encoder, name, pa.chunked_array([values])).to(torch.int32)
+
+    users, user = np.unique(raw.user, return_inverse=True)
+    columns = {
+        "field.user_id": encoded("user_id", raw.user),
+        "field.taste": encoded("taste", pa.array(raw.taste, pa.string())),
+        "field.hour": encoded("hour", raw.hour),
+        "item": catalog.rows(torch.from_numpy(raw.item)).to(torch.int32),
+        "end": torch.from_numpy(raw.end).to(torch.int32),
+        "length": torch.from_numpy(raw.length).to(torch.uint8),
+        "label": torch.from_numpy(raw.label).to(torch.uint8),
+        "oracle": torch.from_numpy(raw.oracle),
+        "user": torch.from_numpy(user).to(torch.int32),
+        "user_ids": torch.from_numpy(users),
+        "click_log": catalog.rows(torch.from_numpy(raw.click_items)).to(torch.int32),
+    }
+    save_encoder(folder / "encoder", encoder, catalog)
+    save_file(columns, folder / "rows.safetensors")
+    facts = {
+        "splits": raw.splits,
+        "bytes_per_row": 20,
+        "data_sha256": file_hash(folder / "rows.safetensors"),
+        "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
+    }
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums in one order, so that bytes can be compared between processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def raw_rows() -> Callable[..., RawRows]:
+    return draw_rows
+
+
+@pytest.fixture(scope="session")
+def write_dataset() -> Callable[..., Path]:
+    """`write_dataset(folder, raw, encoder=None)`; without an encoder, that of the training rows."""
+
+    def make(folder: Path, raw: RawRows, encoder: tuple[Encoder, Catalog] | None = None) -> Path:
+        return write(folder, raw, *(encoder or encoder_of(raw)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encoder_over() -> Callable[..., tuple[Encoder, Catalog]]:
+    return make_encoder
+
+
+@pytest.fixture(scope="session")
+def networks() -> dict[str, dict[str, Any]]:
+    return NETWORKS

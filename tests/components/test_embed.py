@@ -1,0 +1,230 @@
+"""embed: fitted on what training may know, saved so that anyone can embed a new item, honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from components import embed
+from components.artifacts import folder_hash, write_json
+from components.contracts import Canonical
+from components.embed import EmbedConfig
+from components.sources import RawTables
+from components.sources.simulator import read
+from components.splits import SplitConfig, rows_by_day, split_days
+from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
+
+CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, seed=1)
+SPLIT = SplitConfig(valid_share=0.1, test_share=0.1)
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def raw() -> RawTables:
+    """The simulator's tables; item 0 has no modality, item 1 texts alone."""
+    config = replace(ingest_config(until=None), simulator=replace(SIMULATOR, new_share=0.5))
+    tables = read(config)
+    ids = tables.items["item_id"].to_pylist()
+    text, image = tables.modalities["text"], tables.modalities["image"]
+    without = {"text": ids[:1], "image": ids[:2]}
+    kept = {
+        name: table.filter(pa.array([i not in without[name] for i in table["item_id"].to_pylist()]))
+        for name, table in {"text": text, "image": image}.items()
+    }
+    return replace(tables, modalities=kept)
+
+
+def run(raw: RawTables, root: Path, config: EmbedConfig = CONFIG) -> Path:
+    """Ingested and embedded as in production; the report is the one that validate writes of data that passed."""
+    ingest_tables(raw, root / "canonical")
+    write_json(root / "report.json", {"passed": True, "canonical_sha256": folder_hash(root / "canonical")})
+    embed.run(config, SPLIT, root / "canonical", root / "report.json", root / "embedding")
+    return root / "embedding"
+
+
+@pytest.fixture(scope="module")
+def embedded(raw: RawTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(raw, tmp_path_factory.mktemp("embed"))
+
+
+def vectors(folder: Path) -> dict[int, np.ndarray | None]:
+    rows = pq.read_table(folder / "item_embedding.parquet").to_pylist()
+    return {
+        row["item_id"]: None if row["embedding"] is None else np.array(row["embedding"], np.float32) for row in rows
+    }
+
+
+def shown_in_training(raw: RawTables) -> set[int]:
+    day = np.array([f"{t:%Y-%m-%d}" for t in raw.events["timestamp"].to_pylist()])
+    item = raw.events["item_id"].to_numpy()
+    days = np.unique(day)  # of eight equal days, one tenth is one day
+    return set(item[day < days[-2]].tolist())
+
+
+def by_hand(fit: dict[str, np.ndarray], given: dict[str, np.ndarray | None]) -> np.ndarray:
+    """The vector of a new item, from the saved numbers alone."""
+    blocks = []
+    for name in sorted({key.split(".")[0] for key in fit if key.endswith(".std")}):
+        x = given.get(name)
+        scaled = np.zeros_like(fit[f"{name}.mean"]) if x is None else (x - fit[f"{name}.mean"]) / fit[f"{name}.std"]
+        norm = np.linalg.norm(scaled)
+        blocks.append(scaled / norm if norm else scaled)
+    return (np.concatenate(blocks) - fit["pca.mean"]) @ fit["pca.components"].T / fit["pca.scale"]
+
+
+def test_new_items_are_embedded_from_the_saved_fit(embedded: Path, raw: RawTables) -> None:
+    fit, found = load_file(embedded / "fit.safetensors"), vectors(embedded)
+    modality = {
+        name: dict(zip(table["item_id"].to_pylist(), table["vector"].to_pylist(), strict=True))
+        for name, table in raw.modalities.items()
+    }
+    assert any(item not in modality["image"] for item in modality["text"])  # and with a modality missing
+    for item, vector in found.items():
+        given = {name: np.array(rows[item]) if item in rows else None for name, rows in modality.items()}
+        if vector is None:
+            assert set(given.values()) == {None}
+        else:
+            np.testing.assert_allclose(vector, by_hand(fit, given), atol=1e-5)
+
+
+def test_an_item_with_no_modality_has_no_vector(embedded: Path, raw: RawTables) -> None:
+    table = pq.read_table(embedded / "item_embedding.parquet")
+    rows = {row["item_id"]: row for row in table.to_pylist()}
+    ids = raw.items["item_id"].to_pylist()
+    assert list(rows) == ids
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), CONFIG.dim)
+    assert rows[ids[0]]["embedding"] is None and not rows[ids[0]]["has_text"] and not rows[ids[0]]["has_image"]
+    assert rows[ids[1]]["embedding"] is not None and rows[ids[1]]["has_text"] and not rows[ids[1]]["has_image"]
+    have = {name: set(table["item_id"].to_pylist()) for name, table in raw.modalities.items()}
+    for item, row in rows.items():
+        assert [row["has_text"], row["has_image"]] == [item in have["text"], item in have["image"]]
+        assert (row["embedding"] is None) == (not row["has_text"] and not row["has_image"])
+    facts = json.loads((embedded / "fit.json").read_text())
+    assert facts["missing"] == {name: len(ids) - len(have[name]) for name in have}
+    assert facts["missing_all"] == sum(row["embedding"] is None for row in rows.values()) > 0
+    assert table["created_at"].to_pylist() == raw.items["created_at"].to_pylist()
+
+
+def test_vectors_enter_a_network_with_unit_variance(embedded: Path, raw: RawTables) -> None:
+    shown = shown_in_training(raw)
+    trained = np.stack([v for item, v in vectors(embedded).items() if item in shown and v is not None])
+    assert trained.std() == pytest.approx(1, abs=0.02)
+    assert json.loads((embedded / "fit.json").read_text())["training_items"] == len(shown)
+
+
+def test_the_fit_knows_training_items_only(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    """Another vector for an item that only the later days show changes that item alone."""
+    shown = shown_in_training(raw)
+    text = raw.modalities["text"]
+    later = next(i for i in text["item_id"].to_pylist() if i not in shown)
+    trained = next(i for i in text["item_id"].to_pylist() if i in shown)
+    before = vectors(embedded)
+    for item, others_move in ((later, False), (trained, True)):
+        values = text["vector"].to_pylist()
+        values[text["item_id"].to_pylist().index(item)] = [50.0, -50.0, 50.0, 0.0, 0.0, 9.0]
+        changed = replace(raw, modalities=raw.modalities | {"text": with_column(text, "vector", values)})
+        folder = run(changed, tmp_path / str(item))
+        after = vectors(folder)
+        moved = {i for i in before if before[i] is not None and not np.array_equal(before[i], after[i])}
+        assert item in moved
+        assert (moved == {item}) is not others_move
+        same_fit = (folder / "fit.safetensors").read_bytes() == (embedded / "fit.safetensors").read_bytes()
+        assert same_fit is not others_move
+        versions = [json.loads((f / "fit.json").read_text())["version"] for f in (folder, embedded)]
+        assert (versions[0] == versions[1]) is not others_move
+
+
+def test_later_events_and_items_change_no_fit(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    """The items that later days show are no part of the fit, however often they are shown."""
+    day = np.array([f"{t:%Y-%m-%d}" for t in raw.events["timestamp"].to_pylist()])
+    item = raw.events["item_id"].to_numpy().copy()
+    item[day >= np.unique(day)[-2]] = raw.items["item_id"][3].as_py()
+    folder = run(replace(raw, events=with_column(raw.events, "item_id", item)), tmp_path)
+    assert (folder / "fit.safetensors").read_bytes() == (embedded / "fit.safetensors").read_bytes()
+
+
+def test_equal_input_gives_equal_bytes(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    assert folder_hash(run(raw, tmp_path)) == folder_hash(embedded)
+
+
+def test_training_items_are_those_of_the_training_days(embedded: Path, raw: RawTables) -> None:
+    data = Canonical(embedded.with_name("canonical"))
+    assert set(embed.training_items(data, SPLIT).to_pylist()) == shown_in_training(raw)
+    counts = rows_by_day(data.events())
+    cut = split_days(list(counts), list(counts.values()), SPLIT)
+    assert (cut.valid_day, cut.test_day) == ("2024-03-07", "2024-03-08")
+
+
+def test_dim_too_large(raw: RawTables, tmp_path: Path) -> None:
+    told = r"embed\.dim is 12, but 11 values of \d+ training items span at most 11 dimensions; lower it to 11 or less"
+    with pytest.raises(ValueError, match=told):
+        run(raw, tmp_path, replace(CONFIG, dim=12))
+    assert not (tmp_path / "embedding").exists()
+    run(raw, tmp_path / "fits", replace(CONFIG, dim=11))
+
+
+def test_no_modality_at_all(raw: RawTables, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has neither vectors nor texts; give the source at least one modality"):
+        run(replace(raw, modalities={}), tmp_path)
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+WORDS = ("gambit", "rook", "orbit", "nebula", "espresso", "roast", "reef", "swell")
+
+
+def with_texts(raw: RawTables, image: bool = False) -> RawTables:
+    """Titles are texts; every ninth item has none; items that training never shows say a word of their own."""
+    shown = shown_in_training(raw)
+    rng = np.random.default_rng(0)
+    texts = [
+        None if i % 9 == 0 else " ".join(["the", *rng.choice(WORDS, 4), *["zeppelin"] * 3 * (item not in shown)])
+        for i, item in enumerate(raw.items["item_id"].to_pylist())
+    ]
+    modalities = {"image": raw.modalities["image"]} if image else {}
+    return replace(raw, items=with_column(raw.items, "text", texts), modalities=modalities)
+
+
+def test_texts_without_vectors_are_embedded_and_can_be_by_hand(raw: RawTables, tmp_path: Path) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    given = with_texts(raw, image=True)
+    folder = run(given, tmp_path)
+    fit, facts = load_file(folder / "fit.safetensors"), json.loads((folder / "fit.json").read_text())
+    assert facts["modalities"] == ["image", "text"]
+    assert facts["text_terms"] == sorted(WORDS)  # no stop word, and no word of later items alone
+    images = dict(zip(*(given.modalities["image"][c].to_pylist() for c in ("item_id", "vector")), strict=True))
+    found = vectors(folder)
+    assert sum(v is None for v in found.values()) == facts["missing_all"] > 0
+    tfidf = TfidfVectorizer(sublinear_tf=True, vocabulary=facts["text_terms"])
+    tfidf.idf_ = fit["text.idf"]
+    for item, text in zip(given.items["item_id"].to_pylist(), given.items["text"].to_pylist(), strict=True):
+        told = {"image": np.array(images[item]) if item in images else None}
+        told["text"] = None if text is None else (tfidf.transform([text]) @ fit["text.svd"].T)[0]
+        if found[item] is None:
+            assert set(told.values()) == {None}
+        else:
+            np.testing.assert_allclose(found[item], by_hand(fit, told), atol=1e-5)
+    assert folder_hash(run(given, tmp_path / "again")) == folder_hash(folder)
+
+
+def test_text_vectors_go_before_texts(raw: RawTables, embedded: Path, tmp_path: Path) -> None:
+    given = replace(with_texts(raw), modalities=raw.modalities)
+    folder = run(given, tmp_path)
+    assert (folder / "fit.safetensors").read_bytes() == (embedded / "fit.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("texts", ["the and of", "gambit {i}"], ids=["stop words", "no word twice"])
+def test_texts_that_say_too_little(texts: str, raw: RawTables, tmp_path: Path) -> None:
+    ids = raw.items["item_id"].to_pylist()
+    given = [texts.format(i=f"w{i}") if i != ids[5] else None for i in ids]
+    with pytest.raises(ValueError, match=r"texts share [01] term\(s\), \d+ items have a text; .* longer texts"):
+        run(replace(raw, items=with_column(raw.items, "text", given), modalities={}), tmp_path)

@@ -1,0 +1,366 @@
+"""validate: every planted fault is found, named and shown; clean data passes; nothing runs on what did not pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC as ZONE
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from components import embed, features, validate
+from components.artifacts import write_json
+from components.contracts import Canonical
+from components.splits import SplitConfig
+from components.validate import ValidateConfig
+from tests.components.small_world import PROJECT, VALIDATE, ingest_simulator, with_column
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ingest_simulator(tmp_path_factory.mktemp("clean") / "canonical")
+
+
+@dataclass
+class Judged:
+    """What validate said of a folder: the error's text ("" where it passed), the report, the Data Docs."""
+
+    error: str
+    report: dict
+    report_file: Path
+    docs: Path
+
+    @property
+    def broken(self) -> set[str]:
+        """table.column: rule of every broken critical rule, and `?` before a broken warning."""
+        return {
+            "?" * (rule["severity"] == "warning")
+            + f"{rule['table']}.{rule['column']}: {rule['rule'].removeprefix('expect_')}"
+            for rule in self.report["rules"]
+            if not rule["passed"]
+        }
+
+    def rule(self, table: str, column: str) -> dict:
+        (found,) = (r for r in self.report["rules"] if (r["table"], r["column"]) == (table, column) and not r["passed"])
+        return found
+
+    def examples(self, table: str, column: str) -> list[dict]:
+        return self.rule(table, column)["examples"]
+
+
+def judged(canonical: Path, config: ValidateConfig = VALIDATE) -> Judged:
+    report, docs = (canonical.with_name(f"{canonical.name}-{name}") for name in ("report.json", "docs"))
+    error = ""
+    try:
+        validate.run(config, canonical, report, docs)
+    except ValueError as raised:
+        error = str(raised)
+    return Judged(error, json.loads(report.read_text()), report, docs)
+
+
+@dataclass
+class Planter:
+    """A copy of the clean folder, and the ways to spoil it."""
+
+    root: Path
+
+    def edit(self, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+        pq.write_table(change(pq.read_table(self.root / name, partitioning=None)), self.root / name)
+
+    def day(self, day: str, change: Callable[[pa.Table], pa.Table]) -> None:
+        self.edit(f"events/day={day}/part-0.parquet", change)
+
+    def until(self, until: str) -> None:
+        facts = json.loads((self.root / "source.json").read_text())
+        write_json(self.root / "source.json", facts | {"until": until})
+
+
+def put(column: str, values: dict[int, object]) -> Callable[[pa.Table], pa.Table]:
+    """Replace the values of some rows of a column."""
+
+    def change(table: pa.Table) -> pa.Table:
+        found = table[column].to_pylist()
+        for row, value in values.items():
+            found[row] = value
+        return with_column(table, column, found)
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def planter(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Planter]:
+    def make() -> Planter:
+        root = tmp_path_factory.mktemp("planted") / "canonical"
+        shutil.copytree(clean, root)
+        return Planter(root)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def passed(clean: Path) -> Judged:
+    return judged(clean)
+
+
+def pages(docs: Path) -> str:
+    return (docs / "index.html").read_text() + " ".join(f.as_posix() for f in docs.rglob("*.html"))
+
+
+def test_clean_data_passes_every_rule(passed: Judged, clean: Path) -> None:
+    assert passed.error == "" and passed.report["passed"] is True and passed.broken == set()
+    tables = {"events", "days", "items", "users", "freshness"}
+    tables |= {f"{kind} {name}" for kind in ("modality", "coverage") for name in ("text", "image")}
+    assert {rule["table"] for rule in passed.report["rules"]} == tables == passed.report["rows"].keys()
+    assert passed.report["rows"]["events"] == Canonical(clean).events().num_rows
+    assert passed.report["not_judged"] == []
+    validate.require(passed.report_file, clean)
+    for table in tables:  # the Data Docs show each table's result
+        assert f"/canonical-{table}.html" in pages(passed.docs)
+    assert "Failed" not in (passed.docs / "index.html").read_text()
+
+
+# ---- one row, one cell: a folder holds several faults that do not hide each other --------------------------------
+
+
+@pytest.fixture(scope="module")
+def cells(planter: Callable[[], Planter]) -> Judged:
+    """NaN, infinity, wrong label, strangers, a repeated id, a misplaced event."""
+    planted = planter()
+    planted.edit("modalities/text.parquet", put("vector", {4: [0.1, float("nan"), 0, 0, 0, 1.0]}))
+    planted.edit(
+        "modalities/image.parquet", put("vector", {7: [float("inf")] + [1.0] * 4, 9: [float("-inf")] * 4 + [1.0]})
+    )
+    planted.day("2024-03-02", put("label", {0: 2, 1: -1, 5: 3, 6: 4}))
+    planted.day("2024-03-03", put("item_id", {2: 4_242}))
+    planted.day("2024-03-04", put("user_id", {3: 9_999}))
+    planted.edit("items.parquet", lambda t: pa.concat_tables([t, t.slice(10, 1)]))
+    moved = pq.read_table(planted.root / "events/day=2024-03-05/part-0.parquet", partitioning=None).slice(0, 1)
+    planted.day("2024-03-06", lambda t: pa.concat_tables([t, moved]))
+    return judged(planted.root)
+
+
+def test_each_spoiled_cell_is_found_and_nothing_else(cells: Judged) -> None:
+    assert cells.report["passed"] is False
+    assert cells.broken == {
+        "modality text.non_finite_values: column_values_to_be_between",
+        "modality image.non_finite_values: column_values_to_be_between",
+        "events.label: column_values_to_be_in_set",
+        "events.item_is_known: column_values_to_be_in_set",
+        "events.user_is_known: column_values_to_be_in_set",
+        "events.is_in_its_day: column_values_to_be_in_set",
+        "items.item_id: column_values_to_be_unique",
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "rows", "shows"),
+    [
+        ("modality text", "non_finite_values", 1, [{"row": 4, "non_finite_values": 1, "length": 6}]),
+        ("modality image", "non_finite_values", 2,
+         [{"row": 7, "non_finite_values": 1}, {"row": 9, "non_finite_values": 4}]),
+        ("events", "label", 4, [{"row": 400, "label": 2}, {"row": 401, "label": -1}, {"row": 405, "label": 3}]),
+        ("events", "item_is_known", 1, [{"row": 802, "item_id": 4_242}]),
+        ("events", "user_is_known", 1, [{"row": 1203, "user_id": 9_999}]),
+        ("events", "is_in_its_day", 1, [{"row": 2400}]),
+        ("items", "item_id", 2, [{"row": 10}, {"row": 80}]),
+    ],
+)  # fmt: skip
+def test_a_spoiled_cell_is_shown(table: str, column: str, rows: int, shows: list[dict], cells: Judged) -> None:
+    verdict = cells.rule(table, column)
+    assert verdict["severity"] == "critical" and verdict["broken_rows"] == rows
+    examples = verdict["examples"]
+    assert [{k: e[k] for k in wanted} for e, wanted in zip(examples, shows, strict=True)] == shows
+    (line,) = (line for line in cells.error.splitlines() if line.strip().startswith(f"{table}.{column}: "))
+    assert verdict["rule"] in line and f"{rows} row(s), e.g. " in line
+    for example in examples:
+        assert all(f"{key!r}: {value!r}" in line for key, value in example.items())
+
+
+def test_the_error_says_where_to_look(cells: Judged) -> None:
+    assert f"breaks 7 rule(s); Data Docs: {cells.docs}/index.html" in cells.error
+    assert "Failed" in (cells.docs / "index.html").read_text()
+    assert "every event's item_id is in items" in cells.error  # in words too
+
+
+@pytest.fixture(scope="module")
+def rows(planter: Callable[[], Planter]) -> Judged:
+    """Whole rows: a future time, nulls, lengths, zero and stranger's vectors, a repeated user, repeated impressions."""
+    planted = planter()
+    planted.day("2024-03-08", put("timestamp", {0: datetime(2024, 3, 9, 5, tzinfo=ZONE)}))
+    planted.day("2024-03-07", put("label", {0: None}))
+    planted.day("2024-03-06", lambda t: pa.concat_tables([t, t.slice(0, 30)]))
+    planted.edit("modalities/text.parquet", put("vector", {2: [1.0, 2.0], 3: []}))
+    planted.edit("modalities/image.parquet", put("vector", {0: [0.0] * 5}))
+    planted.edit("modalities/image.parquet", put("item_id", {1: 77}))
+    planted.edit("users.parquet", lambda t: pa.concat_tables([t, t.slice(3, 1)]))
+    return judged(planted.root)
+
+
+def test_spoiled_rows_are_found_and_nothing_else(rows: Judged) -> None:
+    assert rows.broken == {
+        "events.timestamp: column_values_to_be_between",
+        "events.is_in_its_day: column_values_to_be_in_set",  # the future lies in another partition, too
+        "events.label: column_values_to_not_be_null",
+        "?events.is_first: column_values_to_be_in_set",
+        "modality text.is_usual_length: column_values_to_be_in_set",
+        "?modality text.norm: column_values_to_be_between",  # the empty vector
+        "modality image.item_is_known: column_values_to_be_in_set",
+        "?modality image.norm: column_values_to_be_between",
+        "users.user_id: column_values_to_be_unique",
+    }
+    assert rows.report["passed"] is False
+    (future,) = rows.examples("events", "timestamp")
+    assert future["timestamp"].startswith("2024-03-09 05:00")
+    assert [(e["row"], e["length"]) for e in rows.examples("modality text", "is_usual_length")] == [(2, 2), (3, 0)]
+    assert rows.rule("events", "is_first")["broken_rows"] == 30
+    assert len(rows.examples("events", "is_first")) == validate.EXAMPLES
+    assert [e["item_id"] for e in rows.examples("modality image", "item_is_known")] == [77]
+    assert "breaks 6 rule(s)" in rows.error  # warnings are none of them
+    assert "events.is_first:" not in rows.error and ".norm:" not in rows.error
+    assert "modality text.is_usual_length: expect_column_values_to_be_in_set" in rows.error
+    assert "all text vectors have one length" in rows.error
+
+
+def test_a_warning_alone_stops_nothing(planter: Callable[[], Planter], caplog: pytest.LogCaptureFixture) -> None:
+    planted = planter()
+    planted.edit("modalities/image.parquet", lambda t: t.slice(0, 30))
+    planted.edit("items.parquet", put("title", {3: None}))
+    found = judged(planted.root)
+    assert found.error == "" and found.report["passed"] is True
+    assert found.broken == {
+        "?coverage image.missing_share: column_values_to_be_between",
+        "?items.title: column_values_to_not_be_null",
+    }
+    assert "coverage image.missing_share" in caplog.text and "'missing_share': 0.625" in caplog.text
+    assert "items.title" in caplog.text
+
+
+# ---- days -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_day_and_a_jump_of_the_label_rate(planter: Callable[[], Planter]) -> None:
+    planted = planter()
+    shutil.rmtree(planted.root / "events/day=2024-03-05")
+    planted.day("2024-03-07", lambda t: with_column(t, "label", [1] * len(t)))
+    found = judged(planted.root)
+    assert found.broken == {
+        "days.rows_if_judged: column_values_to_be_between",
+        "days.label_rate: column_values_to_be_between",
+    }
+    (empty,) = found.examples("days", "rows_if_judged")
+    assert empty["day"].startswith("2024-03-05") and empty["rows"] == 0
+    (jump,) = found.examples("days", "label_rate")
+    assert jump["day"].startswith("2024-03-07") and jump["label_rate"] == 1.0
+    assert "no day among the newest is empty" in found.error and "2024-03-05" in found.error
+
+
+def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
+    planted = planter()
+    planted.day("2024-03-06", lambda t: t.slice(0, 40))
+    planted.until("2024-03-10T12:00:00+00:00")
+    found = judged(planted.root)
+    assert found.broken == {
+        "days.volume_ratio: column_values_to_be_between",
+        "days.rows_if_judged: column_values_to_be_between",  # the day before `until` has no event
+        "freshness.age_hours: column_values_to_be_between",
+    }
+    (thin,) = found.examples("days", "volume_ratio")
+    assert thin["day"].startswith("2024-03-06") and thin["volume_ratio"] == pytest.approx(0.1)
+    (stale,) = found.examples("freshness", "age_hours")
+    assert 36 < stale["age_hours"] < 37
+    assert "freshness.age_hours: expect_column_values_to_be_between {'max_value': 36" in found.error
+
+
+def test_the_judged_days(clean: Path) -> None:
+    """The calendar's newest days, each beside the median of those before it."""
+    data = Canonical(clean)
+    until = datetime(2024, 3, 9, tzinfo=ZONE)
+    frame = validate.day_frame(data, VALIDATE, until)
+    assert list(frame["day"].dt.day) == [4, 5, 6, 7, 8]
+    assert (frame["rows"] == 400).all() and (frame["volume_ratio"] == 1).all()
+    label = data.events()["label"].to_numpy().reshape(8, 400)
+    assert frame["label_rate"].to_numpy() == pytest.approx(label.mean(axis=1)[3:])
+    # an hour into a day, that day is not due yet; at its end it is
+    assert validate.day_frame(data, VALIDATE, until + timedelta(hours=1))["day"].dt.day.max() == 8
+    assert validate.day_frame(data, VALIDATE, until + timedelta(days=1))["day"].dt.day.max() == 9
+    # a volume that says nothing is not judged
+    floor = validate.day_frame(data, replace(VALIDATE, volume_floor=401), until)
+    assert floor[["rows_if_judged", "volume_ratio", "label_rate"]].isna().all(axis=None)
+
+
+def test_vector_frame_equals_rows_computed_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    vectors = [None if i % 5 == 0 else rng.normal(size=3 + (i == 7)).tolist() for i in range(20)]
+    vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
+    table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
+    frame = validate.vector_frame(table, pa.chunked_array([pa.array(range(19))]))
+    there = [i for i in range(20) if vectors[i] is not None]
+    assert frame["item_id"].tolist() == there
+    assert frame["item_is_known"].tolist() == [i < 19 for i in there]
+    assert frame["is_usual_length"].tolist() == [i != 7 for i in there]
+    assert frame["non_finite_values"].tolist() == [2 if i == 4 else 0 for i in there]
+    norms = [np.linalg.norm([v for v in vectors[i] if np.isfinite(v)]) for i in there]
+    assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
+    assert validate.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])])).empty
+
+
+# ---- what may go on ---------------------------------------------------------------------------------------------
+
+
+def test_require_takes_only_a_report_of_these_bytes_that_passed(
+    passed: Judged, clean: Path, cells: Judged, planter: Callable[[], Planter], tmp_path: Path
+) -> None:
+    spoiled = cells.report_file.with_name("canonical")
+    with pytest.raises(ValueError, match=r"report\.json: the data did not pass; mend it and run `dvc repro validate`"):
+        validate.require(cells.report_file, spoiled)
+    planted = planter()
+    validate.require(passed.report_file, planted.root)
+    planted.day("2024-03-08", lambda t: t.slice(1))
+    with pytest.raises(ValueError, match=r"judged other data than .* holds now; run `dvc repro validate`"):
+        validate.require(passed.report_file, planted.root)
+    with pytest.raises(ValueError, match="is not there; run `dvc repro validate`"):
+        validate.require(tmp_path / "report.json", clean)
+
+
+def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) -> None:
+    canonical = cells.report_file.with_name("canonical")
+    kept = tmp_path / "features" / "receipt.json"
+    kept.parent.mkdir()
+    kept.write_text("{}")
+    with pytest.raises(ValueError, match="the data did not pass"):
+        embed.run(
+            embed.EmbedConfig(dim=4, text_features=100, text_dim=8, seed=1),
+            SplitConfig(valid_share=0.1, test_share=0.1),
+            canonical,
+            cells.report_file,
+            tmp_path / "embedding",
+        )
+    with pytest.raises(ValueError, match="the data did not pass"):
+        features.run(
+            features.FeaturesConfig(availability_lag_seconds=0, popularity_days=7, history_length=5, online_sample=5),
+            canonical,
+            cells.report_file,
+            tmp_path / "embedding",
+            PROJECT / "feature_repo",
+            kept.parent,
+        )
+    assert [file.name for file in tmp_path.iterdir()] == ["features"]
+    assert kept.is_file()  # a refusal takes nothing away
+
+
+def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path) -> None:
+    data = Canonical(clean)
+    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(ZONE)
+    from components import rules
+
+    (limit,) = (r for r in rules.event_rules(None) if r.column == "timestamp" and "between" in r.expectation_type)
+    assert abs(pd.Timestamp(limit.max_value) - pd.Timestamp.now(tz="UTC")) < pd.Timedelta(minutes=1)

@@ -1,0 +1,319 @@
+"""The pipeline as its users run it: one tiny project, `dvc repro` and what follows from it, in this order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from components import champion
+from components.artifacts import folder_hash
+from models.registry import checkpoint_hash
+
+if TYPE_CHECKING:
+    from tests.conftest import Project
+
+pytestmark = pytest.mark.slow
+
+STAGES = {
+    "ingest", "validate", "embed", "features", "dataset", "train@qin", "train@sdcnv3", "evaluate@qin",
+    "evaluate@sdcnv3", "gate", "package", "smoke",
+}  # fmt: skip
+JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
+
+
+@pytest.fixture(scope="module")
+def project(new_project: Callable[[str], Project]) -> Project:
+    """After `dvc repro` and a commit of it."""
+    project = new_project("pipeline")
+    project.set_params(JUDGED)
+    project.python("-m", "dvc", "repro")
+    commit(project, "the first run")
+    return project
+
+
+def dvc(project: Project, *arguments: str, code: int | None = 0) -> str:
+    return project.python("-m", "dvc", *arguments, code=code)
+
+
+def git(project: Project, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=project.root, env=project.env, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def commit(project: Project, message: str) -> None:
+    git(project, "add", "dvc.lock", "params.yaml", "champion.json")
+    git(project, "commit", "-q", "-m", message)
+
+
+def ran(said: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", said))
+
+
+def read(project: Project, path: str) -> Any:
+    return json.loads((project.root / path).read_text())
+
+
+def locked(project: Project, stage: str) -> dict[str, Any]:
+    """Path -> hash of a stage's outputs, less the figures that hold its seconds."""
+    lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"][stage]
+    return {out["path"]: out["md5"] for out in lock["outs"] if out["path"] != "artifacts/train/qin.json"}
+
+
+@contextmanager
+def changed(project: Project, values: dict[str, Any]) -> Iterator[None]:
+    """Values in params.yaml while the block lasts; then everything is as it was committed."""
+    project.set_params(values)
+    try:
+        yield
+    finally:
+        git(project, "checkout", "-q", "params.yaml", "dvc.lock")
+        dvc(project, "checkout", "--force")
+
+
+def test_one_command_runs_every_stage(project) -> None:
+    assert set(yaml.safe_load((project.root / "dvc.lock").read_text())["stages"]) == STAGES
+    decision, package = read(project, "artifacts/gate/decision.json"), read(project, "artifacts/package/package.json")
+    assert decision["verdict"] == "approve"
+    assert decision["champion"] is None
+    assert set(decision["candidates"]) == {"qin", "sdcnv3"}
+    for name, candidate in decision["candidates"].items():
+        assert candidate["checkpoint_sha256"] == checkpoint_hash(project.root / "checkpoints" / name)
+    assert package["checkpoint_sha256"] == decision["checkpoint_sha256"]
+    smoke = read(project, "artifacts/smoke/smoke.json")
+    assert smoke["passed"] and smoke["tag"] == package["tag"]
+    assert git(project, "status", "--porcelain") == ""  # outputs are DVC's, not git's
+
+
+def test_a_second_run_runs_nothing(project) -> None:
+    before = (project.root / "dvc.lock").read_bytes()
+    said = dvc(project, "repro")
+    assert ran(said) == set()
+    assert "up to date" in said
+    assert (project.root / "dvc.lock").read_bytes() == before
+
+
+def test_dvc_shows_metrics_and_plots(project) -> None:
+    said = dvc(project, "metrics", "show", "--json")
+    shown = json.loads(said[said.index("{") :])[""]["data"]
+    for model in ("qin", "sdcnv3"):
+        test = read(project, f"artifacts/evaluate/{model}/evaluation.json")["test"]
+        assert shown[f"artifacts/evaluate/{model}/metrics.json"]["data"]["auc"] == test["auc"]
+        assert "valid_auc" in shown[f"artifacts/train/{model}.json"]["data"]
+    dvc(project, "plots", "show")
+    page = (project.root / "dvc_plots/index.html").read_text()
+    for title in ("valid AUC by epoch", "calibration on the test days", "ROC on the test days"):
+        for model in ("qin", "sdcnv3"):
+            assert f"{model}, {title}" in page
+
+
+def test_what_is_pushed_can_be_pulled_elsewhere(project, tmp_path) -> None:
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    dvc(project, "remote", "modify", "--local", "local", "url", str(remote))
+    dvc(project, "push")
+    clone = type(project)(tmp_path / "clone", project.env)
+    git(project, "clone", "-q", str(project.root), str(clone.root))
+    dvc(clone, "cache", "dir", "--local", str(cache))
+    dvc(clone, "remote", "modify", "--local", "local", "url", str(remote))
+    dvc(clone, "pull")
+    for folder in ("data", "checkpoints", "artifacts/package"):
+        assert folder_hash(clone.root / folder) == folder_hash(project.root / folder)
+    assert "up to date" in dvc(clone, "status")
+    assert ran(dvc(clone, "repro", "--dry")) == set()
+    assert git(clone, "status", "--porcelain") == ""
+    assert read(clone, "artifacts/gate/decision.json") == read(project, "artifacts/gate/decision.json")
+
+
+def test_an_experiment_runs_with_another_value(project) -> None:
+    with changed(project, {}):
+        said = dvc(project, "exp", "run", "--name", "faster", "-S", "train.qin.lr=0.0043", "evaluate@qin")
+        assert ran(said) == {"train@qin", "evaluate@qin"}
+        assert read(project, "artifacts/evaluate/qin/evaluation.json")["checkpoint_sha256"] == checkpoint_hash(
+            project.root / "checkpoints/qin"
+        )
+    assert "faster" in dvc(project, "exp", "list")
+    difference = dvc(project, "exp", "diff", "HEAD", "faster")
+    assert re.search(r"train\.qin\.lr\W+0\.002\W+0\.0043", difference), difference
+    assert re.search(r"evaluate/qin/metrics\.json\W+auc", difference), difference
+
+
+def test_a_killed_run_is_finished_by_the_next(project) -> None:
+    """SIGKILL to all of `dvc repro` after the first epoch: no output, no stale lock, and in the end the same hashes."""
+    with changed(project, {"train.qin.max_epochs": 5, "train.qin.patience": 5, "train.qin.seed": 11}):
+        state = project.root / ".scratch/train/qin/state.safetensors"
+        assert not state.exists()
+        before = locked(project, "train@qin")
+        command = [sys.executable, "-m", "dvc", "repro", "train@qin"]
+        process = subprocess.Popen(
+            command, cwd=project.root, env=project.env, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert process.poll() is None, "it ended before it could be killed"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert not (project.root / "checkpoints/qin").exists()
+        assert locked(project, "train@qin") == before
+
+        said = dvc(project, "repro", "train@qin")
+        assert ran(said) == {"train@qin"}
+        assert "qin: goes on after epoch " in said
+        assert not state.exists()
+        resumed = locked(project, "train@qin")
+        assert resumed != before
+        said = dvc(project, "repro", "--force", "--single-item", "train@qin")
+        assert "qin epoch 1:" in said
+        assert locked(project, "train@qin") == resumed
+
+
+# ---- the champion -----------------------------------------------------------------------------------------------
+
+
+def promote(project: Project, **files: Path) -> str:
+    """In this process, in the project's folder."""
+    package, smoke = project.root / "artifacts/package", project.root / "artifacts/smoke/smoke.json"
+    return champion.promote(files.get("package", package), files.get("smoke", smoke), project.root / "champion.json")
+
+
+def test_promotion_refuses_what_was_not_approved_tested_or_committed(project, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(project.root)
+    package, smoke = read(project, "artifacts/package/package.json"), read(project, "artifacts/smoke/smoke.json")
+    (tmp_path / "package").mkdir()
+    file = tmp_path / "package" / "package.json"
+
+    file.write_text(json.dumps({"built": False, "reason": ["auc 0.5 is not >= 0.6"]}))
+    with pytest.raises(ValueError, match=r"the gate rejected, nothing was built: auc 0\.5 is not >= 0\.6"):
+        promote(project, package=file.parent)
+    for bad in ({**smoke, "passed": False}, {**smoke, "tag": "ctr-ranker:old"}, {"served": False, "reason": []}):
+        (tmp_path / "smoke.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=rf"{package['tag']} has not passed the smoke test; run `dvc repro smoke`"):
+            promote(project, smoke=tmp_path / "smoke.json")
+    file.write_text(json.dumps({**package, "checkpoint_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match=r"DVC holds checkpoint \w+ at HEAD, .*`dvc repro` and commit"):
+        promote(project, package=file.parent)
+    lock = project.root / "dvc.lock"
+    committed = lock.read_text()
+    lock.write_text(committed + "# edited\n")
+    try:
+        with pytest.raises(ValueError, match=r"the run is not committed.*git add dvc\.lock"):
+            promote(project)
+    finally:
+        lock.write_text(committed)
+    with pytest.raises(ValueError, match="there is no champion yet"):
+        champion.rollback("v0.0.1", project.root / "champion.json")
+    assert git(project, "tag") == ""
+    assert read(project, "champion.json") == {"version": None}
+
+
+def bytes_of(pointer: Path) -> str:
+    """The hash of the champion's checkpoint, as DVC brings it back."""
+    current = champion.current(pointer)
+    assert current is not None
+    with champion.checkpoint(current) as folder:
+        return checkpoint_hash(folder)
+
+
+def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch) -> None:
+    monkeypatch.chdir(project.root)
+    pointer = project.root / "champion.json"
+    tag = read(project, "artifacts/package/package.json")["tag"]
+    first = read(project, "artifacts/gate/decision.json")
+    chosen, other = first["model"], ({"qin", "sdcnv3"} - {first["model"]}).pop()
+
+    assert "ctr-ranker v0.0.1" in project.python("-m", "components", "promote")
+    assert set(git(project, "tag").split()) == {"ctr-ranker@v0.0.1", "ctr-ranker#champion#1"}
+    assert git(project, "rev-parse", "ctr-ranker@v0.0.1^{commit}") == git(project, "rev-parse", "HEAD")
+    one = read(project, "champion.json")
+    assert one == {
+        "name": "ctr-ranker", "version": "v0.0.1", "revision": "ctr-ranker@v0.0.1", "model": chosen,
+        "checkpoint_sha256": first["checkpoint_sha256"], "bento": tag,
+    }  # fmt: skip
+    commit(project, "v0.0.1 is the champion")
+
+    # An edit of one model's rate runs that model, both evaluations (there is a champion now), and what follows.
+    old = pq.read_table(project.root / f"artifacts/evaluate/{chosen}/predictions.parquet")["score"].to_numpy()
+    project.set_params({f"train.{chosen}.lr": 0.0037})
+    said = dvc(project, "repro")
+    after = {f"train@{chosen}", "evaluate@qin", "evaluate@sdcnv3", "gate"}
+    assert after <= ran(said) <= after | {"package", "smoke"}  # the other model may be the better one now
+    assert f"train@{other}" not in ran(said)
+    second = read(project, "artifacts/gate/decision.json")
+    assert second["champion"] == one
+    for model in ("qin", "sdcnv3"):
+        rules = {rule["rule"]: rule for rule in second["candidates"][model]["rules"]}
+        found = read(project, f"artifacts/evaluate/{model}/evaluation.json")
+        assert found["champion"]["version"] == "v0.0.1"
+        assert rules["auc_loss"]["value"] == found["champion"]["test"]["auc"] - found["test"]["auc"]
+        rows = pq.read_table(project.root / f"artifacts/evaluate/{model}/predictions.parquet")
+        np.testing.assert_allclose(rows["champion_score"].to_numpy(), old, atol=1e-5)
+    assert checkpoint_hash(project.root / f"checkpoints/{chosen}") != one["checkpoint_sha256"]
+    assert bytes_of(pointer) == one["checkpoint_sha256"]  # by its tag, whatever lies in the work tree
+
+    commit(project, "the second run")
+    assert "ctr-ranker v0.0.2" in project.python("-m", "components", "promote")
+    two = read(project, "champion.json")
+    assert (two["version"], two["checkpoint_sha256"]) == ("v0.0.2", second["checkpoint_sha256"])
+    assert two["checkpoint_sha256"] != one["checkpoint_sha256"]
+    assert bytes_of(pointer) == two["checkpoint_sha256"]
+    commit(project, "v0.0.2 is the champion")
+
+    said = project.python("-m", "components", "rollback", "v7.0.0", code=1)
+    assert "no version 'v7.0.0' of ctr-ranker; there are v0.0.1, v0.0.2" in said
+    assert "Traceback" not in said
+    assert "ctr-ranker v0.0.1" in project.python("-m", "components", "rollback", "v0.0.1")
+    assert read(project, "champion.json") == one
+    assert bytes_of(pointer) == one["checkpoint_sha256"]
+    assert set(git(project, "tag").split()) >= {"ctr-ranker#champion#2", "ctr-ranker#champion#3"}
+    assert git(project, "rev-parse", "ctr-ranker#champion#3^{commit}") == git(
+        project, "rev-parse", "ctr-ranker@v0.0.1^{commit}"
+    )
+
+
+def test_other_bytes_than_the_champions_are_refused(project, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(project.root)
+    current = champion.current(project.root / "champion.json")
+    assert current is not None
+    with (
+        pytest.raises(ValueError, match=rf"champion v0\.0\.1: DVC holds checkpoint {current['checkpoint_sha256']} at"),
+        champion.checkpoint(current | {"checkpoint_sha256": "0" * 64}),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"cannot be had from DVC at ctr-ranker@v9: .*dvc fetch --all-tags"),
+        champion.checkpoint(current | {"revision": "ctr-ranker@v9"}),
+    ):
+        pass
+    # the cache lost it, and no remote has it: told, and no half of a folder is used
+    dvc(project, "remote", "modify", "--local", "local", "url", str(tmp_path / "nothing"))
+    empty = tmp_path / "cache"
+    settings = project.root / ".dvc" / "config.local"
+    kept = settings.read_text()
+    try:
+        dvc(project, "cache", "dir", "--local", str(empty))
+        with (
+            pytest.raises(ValueError, match=r"champion v0\.0\.1: .*dvc fetch --all-tags"),
+            champion.checkpoint(current),
+        ):
+            pass
+    finally:
+        settings.write_text(kept)
+    shutil.rmtree(empty, ignore_errors=True)
