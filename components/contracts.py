@@ -48,7 +48,7 @@ class Canonical:
         return sorted(folder.name.removeprefix("day=") for folder in (self.root / "events").glob("day=*"))
 
     def events(self) -> pa.Table:
-        """All impressions in their one order: day by day, and as ingested within a day."""
+        """All impressions in time order, ties as the source had them."""
         files = sorted((self.root / "events").glob("day=*/part-0.parquet"))
         if not files:
             raise ValueError(f"{self.root}/events holds no day; run `dvc repro ingest`")

@@ -71,6 +71,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         events = events.filter(pc.less(events["timestamp"], limit))
     if not len(events):
         raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
+    events = events.take(pc.sort_indices(events["timestamp"]))  # stable: ties stay as the source had them
     users = conform(raw.users, USERS, f"{config.source} users")
     items = conform(raw.items, ITEMS, f"{config.source} items")
     extra = [*attributes(events, EVENTS), *attributes(users, USERS), *attributes(items, ITEMS)]

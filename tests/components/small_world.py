@@ -126,7 +126,12 @@ def hand_tables(seed: int = 0) -> RawTables:
     created = np.full(items, START - 5 * DAY)
     created[4] = START + 20 * DAY
     tags = [
-        None if i == 2 else [] if i == 6 else ["all", f"t{i % 3}", f"own{i}", "late"][: 2 + i % 3] for i in range(items)
+        None
+        if i == 2
+        else []
+        if i == 6
+        else ["all", f"t{i % 3}", "pair" if i in (1, 7, 13) else f"own{i}", "late"][: 2 + i % 3]
+        for i in range(items)
     ]
     vectors = rng.normal(size=(items, 4)).astype(np.float32).tolist()
     return RawTables(

@@ -242,6 +242,7 @@ def test_tags_are_cut_and_padded(data: Dataset, training: list[Row], folders: Fo
     wanted = [indices(own, counted) + [PADDING] * (CONFIG.max_tags - len(own)) for own in tags]
     assert data.catalog.sets["tags"].tolist() == [[0] * CONFIG.max_tags] * SPECIAL + wanted
     assert "all" in feature.vocab and not any(t.startswith("own") for t in feature.vocab)
+    assert "pair" not in feature.vocab  # three items have it, of which training shows two
     assert [0] * CONFIG.max_tags in wanted and any(UNKNOWN in own for own in wanted)
 
 

@@ -275,6 +275,9 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
     }
     (thin,) = found.examples("days", "volume_ratio")
     assert thin["day"].startswith("2024-03-06") and thin["volume_ratio"] == pytest.approx(0.1)
+    # each day is beside the days before it, never beside itself
+    frame = validate.day_frame(Canonical(planted.root), replace(VALIDATE, volume_days=2), None)
+    assert frame["usual_rows"].tolist() == [220, 220] and frame["rows"].tolist() == [400, 400]
     (stale,) = found.examples("freshness", "age_hours")
     assert 36 < stale["age_hours"] < 37
     assert "freshness.age_hours: expect_column_values_to_be_between {'max_value': 36" in found.error
