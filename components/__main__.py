@@ -7,20 +7,24 @@ Each command reads its own section of params.yaml and takes its files as options
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 app = typer.Typer(
     name="python -m components",
@@ -31,6 +35,18 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 console = Console(stderr=True, highlight=False)
+
+
+class Stage(TyperCommand):
+    """A stage's command: its --help also tells the keys of its sections of params.yaml, from their configs."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        configs = [v for k, v in vars(import_module(f"components.{self.name}")).items() if k.endswith("Config")]
+        print(" Keys in params.yaml:\n")
+        for config in configs:
+            print(textwrap.indent(f"{config.__name__}\n{inspect.getdoc(config)}\n", "   "))
+
 
 Params = Annotated[Path, typer.Option(help="The file with every number, a section a stage.")]
 Canonical = Annotated[Path, typer.Option(help="The canonical data, as `ingest` writes it.")]
@@ -46,7 +62,7 @@ PARAMS = Path("params.yaml")
 DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
 
 
-@app.command()
+@app.command(cls=Stage)
 def ingest(output: Output, params: Params = PARAMS) -> None:
     """The configured source's raw files -> canonical events by day, users, items, modalities."""
     from components import ingest as step
@@ -56,7 +72,7 @@ def ingest(output: Output, params: Params = PARAMS) -> None:
     _say(facts, "impressions", "label_rate", "days", "first_day", "last_day", "users", "items", "oracle_auc")
 
 
-@app.command()
+@app.command(cls=Stage)
 def validate(
     canonical: Canonical,
     output: Output,
@@ -72,7 +88,7 @@ def validate(
     console.print(f"{kept} of {len(report['rules'])} rules hold; Data Docs: {docs}/index.html")
 
 
-@app.command()
+@app.command(cls=Stage)
 def embed(canonical: Canonical, validation: Validation, output: Output, params: Params = PARAMS) -> None:
     """Text and image -> one fused vector an item, with the fit that made it."""
     from components import embed as step
@@ -83,7 +99,7 @@ def embed(canonical: Canonical, validation: Validation, output: Output, params: 
     _say(step.run(config, split, canonical, validation, output), "items", "dim", "explained_variance", "missing")
 
 
-@app.command()
+@app.command(cls=Stage)
 def features(
     canonical: Canonical,
     validation: Validation,
@@ -101,7 +117,7 @@ def features(
     _say(receipt, "rows", "clicks", "online_values_compared")
 
 
-@app.command()
+@app.command(cls=Stage)
 def dataset(
     canonical: Canonical, features: Features, repo: Repo, output: Output, params: Params = PARAMS
 ) -> None:  # fmt: skip
@@ -114,7 +130,7 @@ def dataset(
     _say(step.run(config, split, canonical, features, repo, output), "splits", "label_rate", "bytes_per_row")
 
 
-@app.command()
+@app.command(cls=Stage)
 def train(
     model: Model,
     dataset: Data,
@@ -131,7 +147,7 @@ def train(
     _say(found, "epochs", "best_epoch", "valid_auc", "rows_per_second")
 
 
-@app.command()
+@app.command(cls=Stage)
 def evaluate(
     model: Model,
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint that `train` wrote.")],
@@ -148,7 +164,7 @@ def evaluate(
     _say(found["test"], "auc", "group_auc", "logloss", "calibration_error", "oracle_auc")
 
 
-@app.command()
+@app.command(cls=Stage)
 def gate(
     evaluations: Annotated[Path, typer.Option(help="The folder that holds an evaluation folder a model.")],
     checkpoints: Checkpoints,
@@ -168,7 +184,7 @@ def gate(
         console.print(f"  {reason}")
 
 
-@app.command()
+@app.command(cls=Stage)
 def package(
     decision: Annotated[Path, typer.Option(help="decision.json, as `gate` writes it.")],
     checkpoints: Checkpoints,
@@ -186,7 +202,7 @@ def package(
     console.print(f"built {built['tag']}" if built["built"] else "nothing built: the gate rejected")
 
 
-@app.command()
+@app.command(cls=Stage)
 def smoke(
     package: Annotated[Path, typer.Option(help="The folder that `package` wrote.")],
     repo: Repo,

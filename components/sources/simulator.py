@@ -56,6 +56,9 @@ FIRST_USER, FIRST_ITEM, STRIDE = 100_003, 5_000_011, 7  # raw ids are no indices
 class SimulatorConfig:
     """Sizes and shapes of the world.
 
+    seed           of everything
+    days, users, items, impressions_per_day   how much there is
+    text_dim, image_dim   widths of the two modalities' vectors
     start          first day, YYYY-MM-DD (UTC)
     popularity     exponent of the power law of item popularity
     drift          radians that a user's interests turn in a day

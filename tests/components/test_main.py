@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -58,6 +60,17 @@ def test_the_commands_are_the_stages_and_what_lies_outside_the_graph() -> None:
     stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
     assert set(program.STAGES) == stages
     assert set(COMMANDS) == stages | {"report", "use", "promote", "rollback"}
+
+
+@pytest.mark.parametrize("name", sorted(program.STAGES))
+def test_help_of_a_stage_names_every_key_of_its_sections(name, capsys) -> None:
+    program.main([name, "--help"])
+    said = capsys.readouterr().out
+    configs = [v for k, v in vars(importlib.import_module(f"components.{name}")).items() if k.endswith("Config")]
+    assert configs
+    for config in configs:
+        for field in dataclasses.fields(config):
+            assert field.name in said.split(config.__name__, 1)[1], f"{config.__name__}.{field.name} is not explained"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
