@@ -217,10 +217,14 @@ def apply(store: FeatureStore, output: Path) -> None:
     from feast.repo_operations import parse_repo
 
     sys.path.insert(0, str(Path.cwd()))
+    known = set(sys.modules)
     try:
         found = parse_repo(Path.cwd())
     finally:
         sys.path.pop(0)
+        for name in set(sys.modules) - known:  # a second store in this process reads its own definitions anew
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(f"{Path.cwd()}/"):
+                del sys.modules[name]
     for source in found.data_sources:
         assert isinstance(source, FileSource), "the repo's sources are parquet files"
         wanted = (output / "sources" / f"{source.name}.parquet").resolve()
