@@ -1,4 +1,4 @@
-# Every habit in one line, each the tool's own command: whoever knows DVC, Airflow and BentoML can go without make.
+# Every habit in one line. Whoever knows DVC, Airflow and BentoML can go without make.
 SHELL := bash
 .DEFAULT_GOAL := help
 SOURCE ?= simulator
@@ -11,6 +11,8 @@ export DVC_NO_ANALYTICS := 1
 export BENTOML_DO_NOT_TRACK := True
 
 export BENTOML_HOME := $(CURDIR)/.bentoml
+export BENTOML_HOST ?= 127.0.0.1
+export BENTOML_PORT ?= 3000
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export AIRFLOW__CORE__DAGS_FOLDER := $(CURDIR)/dags
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
@@ -41,7 +43,7 @@ report: .venv  ## the last run's tables, and its page
 	python -m components report
 
 serve: .venv  ## the approved Bento on http://127.0.0.1:3000
-	bentoml serve artifacts/package/bento --host 127.0.0.1 --port 3000
+	bentoml serve $(CURDIR)/artifacts/package/bento
 
 promote: .venv  ## make the packaged model the champion (git tags)
 	python -m components promote

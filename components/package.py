@@ -1,7 +1,7 @@
 """package: the approved checkpoint -> a Bento as a folder, with golden requests; nothing where the gate said no.
 
 package.json    what was built, from which bytes
-bento/          `bentoml serve artifacts/package/bento`
+bento/          `bentoml serve "$PWD/artifacts/package/bento"`: BentoML doubles a relative path
 golden.json     requests with the scores that the model gives them here, without the server's code
 """
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -121,6 +123,38 @@ def test_dvc_shows_metrics_and_plots(project) -> None:
     for title in ("valid AUC by epoch", "calibration on the test days", "ROC on the test days"):
         for model in ("qin", "sdcnv3"):
             assert f"{model}, {title}" in page
+
+
+def test_make_serve_answers(project) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    request = dict(read(project, "artifacts/package/golden.json")[0]["request"])
+    log = project.root.with_name("serve.log")
+    with log.open("wb") as opened:
+        server = subprocess.Popen(
+            ["make", "-o", ".venv", "serve"],
+            cwd=project.root,
+            env=project.env | {"BENTOML_PORT": str(port)},
+            stdout=opened,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                answer = httpx.post(f"http://127.0.0.1:{port}/rank", json=request, timeout=10)
+                break
+            except httpx.TransportError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+        assert answer.status_code == 200, answer.text
+        assert sorted(answer.json()["items"]) == sorted(request["candidates"])
+        assert answer.json()["degraded"] == read(project, "artifacts/package/golden.json")[0]["degraded"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
 
 def test_what_is_pushed_can_be_pulled_elsewhere(project, tmp_path) -> None:
