@@ -12,6 +12,7 @@ Shapes: those of `models.schema`, and d embedding width, N any rows, U distinct 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,19 +68,19 @@ class ItemTower(nn.Module):
         return parts
 
 
-class Ranker(nn.Module):
+class Ranker(nn.Module, ABC):
     """What training, evaluation and serving know of every model."""
 
     fields: ImpressionFields
     items: ItemTower
 
+    @abstractmethod
     def forward(self, batch: Batch, catalog: Catalog, clicks_C: Tensor) -> Logits:
         """Logits of the rows of a batch; `clicks_C` is the flat click log, catalog rows of any int dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, logits: Logits, label_B: Tensor) -> Tensor:
         """The scalar to minimise."""
-        raise NotImplementedError
 
     def regularised_parameters(self) -> list[nn.Parameter]:
         """What the published L2 covers: every embedding table and the vector projection."""
