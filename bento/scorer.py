@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bento import ITEM_STATE
 from models.registry import load
-from models.schema import UNKNOWN, Batch
+from models.schema import UNKNOWN
 
 
 class Scorer:
@@ -22,7 +22,8 @@ class Scorer:
 
     def __init__(self, folder: Path) -> None:
         checkpoint = load(folder)
-        self.model, self.catalog, self.encoder = checkpoint.model, checkpoint.catalog, checkpoint.encoder
+        self.catalog, self.encoder = checkpoint.catalog, checkpoint.encoder
+        self.ranking = checkpoint.model.ranking(checkpoint.catalog)
         self.schema = self.encoder.schema
         self.fields = self.schema.impression_fields
         self.context_names = {f.name for f in self.fields if f.origin == "context"}
@@ -65,10 +66,9 @@ class Scorer:
         """
         item_B = self._rows(candidates)
         B = len(item_B)
-        clicks_C = self._rows(history)
-        clicks_C = clicks_C[clicks_C != UNKNOWN]
-        end = len(clicks_C)
-        start = max(0, end - self.schema.history_length)
+        known_K = self._rows(history)
+        known_K = known_K[known_K != UNKNOWN]
+        hist_K = known_K[max(0, len(known_K) - self.schema.history_length) :]
         fields = []
         for field in self.fields:
             if field.origin == "item":
@@ -77,13 +77,8 @@ class Scorer:
             values: Mapping[str, str | None] = context if field.origin == "context" else profile
             value = user_id if field.name == "user_id" else values.get(field.name)
             fields.append(self.encoder.encode(field.name, [value]).expand(B))
-        batch = Batch(
-            torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64),
-            item_B,
-            torch.full((B,), start),
-            torch.full((B,), end),
-        )
-        return torch.sigmoid(self.model(batch, self.catalog, clicks_C).logit_B).float()
+        fields_BF = torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64)
+        return torch.sigmoid(self.ranking(fields_BF, item_B, hist_K)).float()
 
     def _rows(self, item_ids: Sequence[int]) -> Tensor:
         return self.catalog.rows(torch.tensor(item_ids, dtype=torch.int64))

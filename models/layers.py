@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,16 @@ class ItemTower(nn.Module):
         return parts
 
 
+class Ranking(Protocol):
+    """A model's eval-mode logits for one user's candidates, prepared for serving: what can be computed once, is."""
+
+    def __call__(self, fields_NF: Tensor, item_N: Tensor, hist_K: Tensor) -> Tensor:
+        """Logits [N] of candidates `item_N` (catalog rows) with impression fields `fields_NF`, both int64.
+
+        `hist_K` is the user's history as catalog rows, oldest first: K ≤ L, none of them padding.
+        """
+
+
 class Ranker(nn.Module, ABC):
     """What training, evaluation and serving know of every model."""
 
@@ -82,19 +92,49 @@ class Ranker(nn.Module, ABC):
     def loss(self, logits: Logits, label_B: Tensor) -> Tensor:
         """The scalar to minimise."""
 
+    @abstractmethod
+    def ranking(self, catalog: Catalog) -> Ranking:
+        """The weights as they are now, over these items; later changes of the model do not reach it."""
+
     def regularised_parameters(self) -> list[nn.Parameter]:
         """What the published L2 covers: every embedding table and the vector projection."""
         return [*self.fields.parameters(), *self.items.parameters()]
 
 
 def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
-    """(rows_U, index_N) with rows_U[index_N] = rows_N: the sorted distinct catalog rows, int64.
+    """(rows_U, index_N) with rows_U[index_N] = rows_N: catalog rows to compute once, int64.
 
-    The same as `torch.unique`, but by marking a catalog-sized mask, which sorts nothing.
+    On a CPU the sorted distinct rows, the same as `torch.unique`, but by marking a catalog-sized mask. Their number
+    is known only when they are computed, and a GPU would have to stop for it: there, all of the catalog or, where
+    the batch has fewer rows, those of the batch as they are.
     """
-    seen_I = torch.zeros(catalog_size, dtype=torch.bool, device=rows_N.device)
+    if rows_N.device.type != "cpu":
+        if rows_N.numel() < catalog_size:
+            return rows_N, torch.arange(rows_N.numel(), device=rows_N.device)
+        return torch.arange(catalog_size, device=rows_N.device), rows_N
+    seen_I = torch.zeros(catalog_size, dtype=torch.bool)
     seen_I[rows_N] = True
     return seen_I.nonzero().squeeze(1), (seen_I.cumsum(0) - 1)[rows_N]
+
+
+def keep_mask(x: Tensor, rate: float) -> Tensor:
+    """Shape and dtype of x: 0 with probability `rate`, else 1 / (1 − rate).
+
+    On a CPU `rate` is rounded to 1/32768 and four entries share one 64-bit random number: torch's own dropout draws
+    one number an entry and is the slowest step of a network there.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate)
+    dropped = round(rate * 2**15)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    # Of 16 random bits the lower 15, from 0 on: under `dropped` the difference's sign bit spreads to 0, else to -1.
+    minus_kept = (dropped - 1 - bits[: x.numel()].bitwise_and_(2**15 - 1)).bitwise_right_shift_(15)
+    return minus_kept.view(x.shape).to(x.dtype).mul_(-(2**15) / (2**15 - dropped))
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    """x ⊙ keep_mask; x itself unless training."""
+    return x * keep_mask(x, rate) if training and rate > 0 else x
 
 
 def initialise(model: nn.Module) -> None:

@@ -19,10 +19,13 @@ Shapes: those of `models.layers`, and A attention width, D width of x, R rows of
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F  # noqa: N812
 
 from models.layers import (
@@ -30,6 +33,7 @@ from models.layers import (
     ItemTower,
     Ranker,
     distinct_rows,
+    dropout,
     initialise,
     require_names,
     require_positive,
@@ -63,6 +67,54 @@ class QINConfig:
         require_names(self, "exclude")
 
 
+class PointerPool(torch.autograd.Function):
+    """pooled_b = Σ_l ReLU(q_b · t_i) t_i with i = index[b, l], from item rows that are never gathered: no B × L × M.
+
+    Scores are what an embedding bag calls the gradient of its weights, so both directions run in its kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
+        index_BL = index_BL.contiguous()
+        weight_BL = _scores(q_BM, item_UM, index_BL).relu_().masked_fill_(~real_BL, 0)
+        ctx.save_for_backward(q_BM, item_UM, index_BL, weight_BL)
+        return F.embedding_bag(index_BL, item_UM, per_sample_weights=weight_BL, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_BM: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q_BM, item_UM, index_BL, weight_BL = ctx.saved_tensors
+        grad_BM = grad_BM.contiguous()
+        score_BL = torch.where(weight_BL > 0, _scores(grad_BM, item_UM, index_BL), 0)
+        grad_q_BM = F.embedding_bag(index_BL, item_UM, per_sample_weights=score_BL, mode="sum")
+        # An item row gets weight · grad for what was pooled and score · q for its scores: 2 B bags, one pass.
+        index_N = index_BL.flatten().repeat(2)
+        length = index_BL.shape[1]
+        bag_N = torch.arange(2 * len(index_BL)).repeat_interleave(length)
+        grad_item_UM = torch.ops.aten._embedding_bag_dense_backward(
+            torch.cat((grad_BM, q_BM)), index_N, bag_N, torch.full((2 * len(index_BL),), length), bag_N[:0],
+            len(item_UM), False, 0, torch.cat((weight_BL, score_BL)).flatten(),
+        )  # fmt: skip
+        return grad_q_BM, grad_item_UM, None, None
+
+
+def _scores(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor) -> Tensor:
+    """q_b · t_i, [B, L]."""
+    rows, length = index_BL.shape
+    starts_B = torch.arange(0, rows * length, length)
+    bag_N = torch.arange(rows).repeat_interleave(length)
+    scores_N: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        q_BM, item_UM, index_BL.flatten(), starts_B, bag_N, 0
+    )
+    return scores_N.view(rows, length)
+
+
+def gathered_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
+    """What PointerPool computes, from gathered rows: two products, which a GPU does at the rate of its memory."""
+    hist_BLM = item_UM.to(q_BM.dtype)[index_BL]
+    weight_B1L = torch.bmm(q_BM[:, None], hist_BLM.transpose(1, 2)).relu().masked_fill(~real_BL[:, None], 0)
+    return torch.bmm(weight_B1L, hist_BLM).squeeze(1)
+
+
 class SparseTargetAttention(nn.Module):
     """Pools the history items that the candidate asks for; ReLU leaves the others at exactly zero."""
 
@@ -74,13 +126,13 @@ class SparseTargetAttention(nn.Module):
         self.out = nn.Linear(attention_dim, item_width, bias=False)
         self.scale = attention_dim**-0.5
 
-    def forward(self, target_BM: Tensor, hist_BLM: Tensor, real_BL: Tensor) -> Tensor:
-        """o_BM; `real_BL` is False at padding."""
+    def forward(self, target_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
+        """o_BM, for histories item_UM[index_BL]; `real_BL` is False at padding."""
         q_BM = F.linear(target_BM, self.key.weight.T @ self.query.weight * self.scale)
-        # [1, M] × [M, L], not [L, M] × [M, 1]: on a CPU the second order is five times slower
-        score_B1L = torch.bmm(q_BM[:, None], hist_BLM.transpose(1, 2))
-        weight_B1L = score_B1L.relu().masked_fill(~real_BL[:, None], 0)
-        pooled_BM = torch.bmm(weight_B1L, hist_BLM).squeeze(1)
+        if item_UM.device.type == "cpu":
+            pooled_BM = PointerPool.apply(q_BM.to(item_UM.dtype), item_UM, index_BL, real_BL)
+        else:
+            pooled_BM = gathered_pool(q_BM, item_UM, index_BL, real_BL)
         return F.linear(pooled_BM, self.out.weight @ self.value.weight) + target_BM
 
 
@@ -96,13 +148,24 @@ class QuadraticLayer(nn.Module):
         self.activation = nn.PReLU()
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        shape = (self.rows, x_BD.shape[1])
         if self.training and self.dropout > 0:
-            h_BD = F.dropout(self.project(x_BD), self.dropout).unflatten(1, shape).sum(1)
+            h_BD = dropout(self.project(x_BD), self.dropout, True).unflatten(1, (self.rows, -1)).sum(1)
         else:
-            h_BD = F.linear(x_BD, self.project.weight.unflatten(0, shape).sum(0), self.project.bias.view(shape).sum(0))
+            h_BD = F.linear(x_BD, *self._summed_rows())
         z_BD = self.activation(self.norm(x_BD * h_BD))
-        return F.dropout(z_BD, self.dropout, self.training) + x_BD
+        return dropout(z_BD, self.dropout, self.training) + x_BD
+
+    def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(weight D × D, bias, shift, slope) of the eval-mode layer x + PReLU(x ⊙ (weight x + bias) + shift)."""
+        mean, var = self.norm.running_mean, self.norm.running_var
+        assert mean is not None and var is not None
+        scale = self.norm.weight * (var + self.norm.eps).rsqrt()
+        weight, bias = self._summed_rows()
+        return scale[:, None] * weight, scale * bias, self.norm.bias - scale * mean, self.activation.weight.clone()
+
+    def _summed_rows(self) -> tuple[Tensor, Tensor]:
+        rows = (self.rows, -1)
+        return self.project.weight.unflatten(0, rows).sum(0), self.project.bias.unflatten(0, rows).sum(0)
 
 
 class QIN(Ranker):
@@ -136,9 +199,44 @@ class QIN(Ranker):
             item_UM = torch.cat(self.items(rows_U, catalog), 1)
             index_B, index_BL = index_N.split((batch.item_B.numel(), hist_BL.numel()))
             target_BM = item_UM.index_select(0, index_B)
-            hist_BLM = item_UM.index_select(0, index_BL).unflatten(0, hist_BL.shape)
-            parts += [target_BM, self.attention(target_BM, hist_BLM, hist_BL != PADDING)]
+            parts += [target_BM, self.attention(target_BM, item_UM, index_BL.view(hist_BL.shape), hist_BL != PADDING)]
         return Logits(self.out(self.layers(torch.cat(parts, 1))).squeeze(1))
 
     def loss(self, logits: Logits, label_B: Tensor) -> Tensor:
         return bce(logits, label_B)
+
+    def ranking(self, catalog: Catalog) -> QINRanking:
+        return QINRanking(self, catalog)
+
+
+class QINRanking:
+    """QIN for serving: item rows in a table, and one product a layer.
+
+    Candidates share their history, so it is the history that is projected, twice: t·(W_kᵀ W_q)ᵀ s = t·(s W_kᵀ W_q).
+    The R rows and BatchNorm fold into one weight: BN(x ⊙ (W x + b)) = x ⊙ (αW x + αb) + β.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: QIN, catalog: Catalog) -> None:
+        self.fields = deepcopy(model.fields)
+        self.item_IM = torch.cat(model.items(torch.arange(len(catalog)), catalog), 1)
+        attention = model.attention
+        self.projections = None
+        if attention is not None:
+            query_MM = attention.key.weight.T @ attention.query.weight * attention.scale
+            self.projections = query_MM, (attention.out.weight @ attention.value.weight).T.contiguous()
+        self.layers = [layer.folded() for layer in model.layers if isinstance(layer, QuadraticLayer)]
+        self.out = deepcopy(model.out)
+
+    @torch.inference_mode()
+    def __call__(self, fields_NF: Tensor, item_N: Tensor, hist_K: Tensor) -> Tensor:
+        target_NM = self.item_IM[item_N]
+        parts = [*self.fields(fields_NF), target_NM]
+        if self.projections is not None:
+            key_KM, value_KM = (self.item_IM[hist_K] @ projection for projection in self.projections)
+            parts.append(torch.addmm(target_NM, F.linear(target_NM, key_KM).relu_(), value_KM))
+        x_ND = torch.cat(parts, 1)
+        for weight, bias, shift, slope in self.layers:
+            z_ND = torch.addcmul(shift, x_ND, F.linear(x_ND, weight, bias))
+            x_ND += F.prelu(z_ND, slope)
+        return self.out(x_ND).squeeze(1)

@@ -76,7 +76,16 @@ class Checkpoint:
 
 def build(family: str, network: Mapping[str, Any], schema: Schema) -> Ranker:
     """A freshly initialised model. Raises ValueError on an unknown family, an unknown key or a bad value."""
-    return FAMILIES[_known(family)].module(_config(family, network), schema)
+    return FAMILIES[_known(family)].module(network_config(family, network), schema)
+
+
+def network_config(family: str, network: Mapping[str, Any]) -> Any:
+    """The family's config dataclass. Raises ValueError on an unknown family, an unknown key or a bad value."""
+    config = FAMILIES[_known(family)].config
+    known = [f.name for f in fields(config)]
+    if unknown := sorted(set(network) - set(known)):
+        raise ValueError(f"{config.__name__}: unknown key {unknown}; it has {known}")
+    return config(**{key: tuple(value) if isinstance(value, list) else value for key, value in network.items()})
 
 
 def save_encoder(folder: Path, encoder: Encoder, catalog: Catalog) -> None:
@@ -120,7 +129,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     weights = _to_bytes(state)
     config = {
         "family": checkpoint.family,
-        "network": asdict(_config(checkpoint.family, checkpoint.network)),
+        "network": asdict(network_config(checkpoint.family, checkpoint.network)),
         "schema_hash": actual,
         "model_sha256": hashlib.sha256(weights).hexdigest(),
         "facts": dict(checkpoint.facts),
@@ -190,14 +199,6 @@ def _known(family: str) -> str:
     if family not in FAMILIES:
         raise ValueError(f"family = {family!r}: give one of {sorted(FAMILIES)}")
     return family
-
-
-def _config(family: str, network: Mapping[str, Any]) -> Any:
-    config = FAMILIES[_known(family)].config
-    known = [f.name for f in fields(config)]
-    if unknown := sorted(set(network) - set(known)):
-        raise ValueError(f"{config.__name__}: unknown key {unknown}; it has {known}")
-    return config(**{key: tuple(value) if isinstance(value, list) else value for key, value in network.items()})
 
 
 def _blank(family: str, network: Mapping[str, Any], schema: Schema) -> Ranker:

@@ -19,8 +19,9 @@ Shapes: those of `models.layers`, and H heads, D width of a head, K = D/2.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,9 @@ from models.layers import (
     ImpressionFields,
     ItemTower,
     Ranker,
+    distinct_rows,
     initialise,
+    keep_mask,
     require,
     require_flag,
     require_names,
@@ -76,18 +79,129 @@ class SDCNv3Config:
         require_names(self, "exclude")
 
 
-class Gate(nn.Module):
-    """g of one layer from its projection W x: the linear half, the self-masked half, the bias."""
+class HeadNorm(nn.BatchNorm1d):
+    """Batch normalisation of [B, H, K] by head; torch's own takes four times as long where heads are few."""
+
+    def forward(self, x_BHK: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x_BHK)
+        normal_BHK, mean_H, var_H = HeadNormStep.apply(x_BHK, self.weight, self.bias, self.eps)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            count = x_BHK.numel() / self.num_features
+            self.running_mean.lerp_(mean_H, self.momentum)
+            self.running_var.lerp_(var_H * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        return normal_BHK
+
+
+class HeadNormStep(torch.autograd.Function):
+    """w (x − mean) / √(var + ε) + b over all but the heads, with mean and var. Shares their sums with the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHK: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean_H = x_BHK.mean((0, 2))
+        centred_BHK = x_BHK - mean_H[:, None]
+        var_H = sum_by_head(centred_BHK, centred_BHK) / (x_BHK.numel() / len(mean_H))
+        rstd_H = (var_H + eps).rsqrt()
+        ctx.save_for_backward(centred_BHK, weight_H, rstd_H)
+        ctx.mark_non_differentiable(mean_H, var_H)
+        return torch.addcmul(bias_H[:, None], centred_BHK, (weight_H * rstd_H)[:, None]), mean_H, var_H
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred_BHK, weight_H, rstd_H = ctx.saved_tensors
+        grad_bias_H = grad_BHK.sum((0, 2))
+        grad_weight_H = sum_by_head(grad_BHK, centred_BHK) * rstd_H
+        count, scale_H = grad_BHK.numel() / len(rstd_H), weight_H * rstd_H
+        along_BHK = centred_BHK * (-grad_weight_H * rstd_H / count)[:, None] - (grad_bias_H / count)[:, None]
+        return along_BHK.add_(grad_BHK).mul_(scale_H[:, None]), grad_weight_H, grad_bias_H, None
+
+
+def sum_by_head(a_BHK: Tensor, b_BHK: Tensor) -> Tensor:
+    """Σ a b over all but the heads, [H]."""
+    if a_BHK.shape[1] == 1:
+        return torch.dot(a_BHK.reshape(-1), b_BHK.reshape(-1))[None]
+    return (a_BHK * b_BHK).sum((0, 2))
+
+
+class CrossStep(torch.autograd.Function):
+    """x ← keep ⊙ (y ⊙ g + x), g = [c ‖ c ⊙ ReLU(LayerNorm c)] + b;  y is x_1, or x where `first` is None.
+
+    Forward and gradient by hand, because a step is bound by memory, and autograd's own would pass over the
+    [B, H, D] tensors twice as often. `weight`, `shift` are the LayerNorm's, or None; `keep` is a dropout mask or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        c_BHK: Tensor,
+        x_BHD: Tensor,
+        first_BHD: Tensor | None,
+        bias_D: Tensor,
+        weight_K: Tensor | None,
+        shift_K: Tensor | None,
+        eps: float,
+        keep_BHD: Tensor | None,
+    ) -> Tensor:
+        width = c_BHK.shape[-1]
+        mean, rstd = None, None
+        if weight_K is None:
+            mask_BHK = c_BHK.relu()
+        else:
+            mask_BHK, mean, rstd = torch.native_layer_norm(c_BHK, (width,), weight_K, shift_K, eps)
+            mask_BHK.relu_()
+        # x ⊙ g + x = x ⊙ (g + 1)
+        linear_K, masked_K = (bias_D + 1 if first_BHD is None else bias_D).split(width)
+        gate_BHD = torch.empty_like(x_BHD)
+        torch.add(c_BHK, linear_K, out=gate_BHD[..., :width])
+        torch.addcmul(masked_K, c_BHK, mask_BHK, out=gate_BHD[..., width:])
+        out_BHD = x_BHD * gate_BHD if first_BHD is None else torch.addcmul(x_BHD, first_BHD, gate_BHD)
+        if keep_BHD is not None:
+            out_BHD *= keep_BHD
+        ctx.deep = first_BHD is None
+        factor_BHD = x_BHD if first_BHD is None else first_BHD
+        ctx.save_for_backward(c_BHK, factor_BHD, gate_BHD, mask_BHK, weight_K, shift_K, mean, rstd, keep_BHD)
+        return out_BHD
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHD: Tensor) -> tuple[Tensor | None, ...]:
+        c_BHK, factor_BHD, gate_BHD, mask_BHK, weight_K, shift_K, mean, rstd, keep_BHD = ctx.saved_tensors
+        width = c_BHK.shape[-1]
+        if keep_BHD is not None:
+            grad_BHD = grad_BHD * keep_BHD
+        grad_gate_BHD = grad_BHD * factor_BHD
+        grad_factor_BHD = grad_BHD * gate_BHD
+        linear_BHK, masked_BHK = grad_gate_BHD.split(width, -1)
+        grad_c_BHK = torch.addcmul(linear_BHK, masked_BHK, mask_BHK)
+        grad_mask_BHK = torch.ops.aten.threshold_backward(masked_BHK * c_BHK, mask_BHK, 0)
+        grad_weight_K, grad_shift_K = None, None
+        if weight_K is not None:
+            grad_mask_BHK, grad_weight_K, grad_shift_K = torch.ops.aten.native_layer_norm_backward(
+                grad_mask_BHK, c_BHK, (width,), mean, rstd, weight_K, shift_K, (True, True, True)
+            )
+        grad_c_BHK += grad_mask_BHK
+        grads = (grad_factor_BHD, None) if ctx.deep else (grad_BHD, grad_factor_BHD)
+        return grad_c_BHK, *grads, grad_gate_BHD.sum((0, 1)), grad_weight_K, grad_shift_K, None, None
+
+
+class CrossLayer(nn.Module):
+    """What follows W x in a layer: the norms and the bias."""
 
     def __init__(self, width: int, config: SDCNv3Config) -> None:
         super().__init__()
-        self.batch_norm = nn.BatchNorm1d(config.heads) if config.batch_norm else nn.Identity()
-        self.layer_norm = nn.LayerNorm(width // 2) if config.layer_norm else nn.Identity()
+        self.batch_norm = HeadNorm(config.heads) if config.batch_norm else nn.Identity()
+        self.layer_norm = nn.LayerNorm(width // 2) if config.layer_norm else None
         self.bias = nn.Parameter(torch.rand(width))
 
-    def forward(self, projected_BHK: Tensor) -> Tensor:
-        c_BHK = self.batch_norm(projected_BHK)
-        return torch.cat((c_BHK, c_BHK * self.layer_norm(c_BHK).relu()), -1) + self.bias
+    def forward(
+        self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, keep_BHD: Tensor | None
+    ) -> Tensor:
+        """The next x_BHD."""
+        norm = (None, None, 0.0) if self.layer_norm is None else (*self.layer_norm.parameters(), self.layer_norm.eps)
+        c_BHK = self.batch_norm(projected_BHK.to(x_BHD.dtype))  # autocast gives projections in bfloat16
+        return CrossStep.apply(c_BHK, x_BHD, first_BHD, self.bias, *norm, keep_BHD)
 
 
 class CrossTower(nn.Module):
@@ -98,7 +212,7 @@ class CrossTower(nn.Module):
         self.deep = deep
         self.dropout = dropout
         self.projections = nn.ModuleList(nn.Linear(width, width // 2, bias=False) for _ in range(layers))
-        self.gates = nn.ModuleList(Gate(width, config) for _ in range(layers))
+        self.gates = nn.ModuleList(CrossLayer(width, config) for _ in range(layers))
         self.out = nn.Linear(width, 1)
 
     @property
@@ -109,9 +223,9 @@ class CrossTower(nn.Module):
         """Logits [B], from x_1 and the first layer's W x_1, which the model computes for all towers at once."""
         x_BHD = first_BHD
         for i, (project, gate) in enumerate(zip(self.projections, self.gates, strict=True)):
-            gate_BHD = gate(projected_BHK if i == 0 else project(x_BHD))
-            x_BHD = torch.addcmul(x_BHD, x_BHD if self.deep else first_BHD, gate_BHD)
-            x_BHD = F.dropout(x_BHD, self.dropout, self.training)
+            keep_BHD = keep_mask(x_BHD, self.dropout) if self.training and self.dropout > 0 else None
+            projected_BHK = projected_BHK if i == 0 else project(x_BHD)
+            x_BHD = gate(projected_BHK, x_BHD, None if self.deep else first_BHD, keep_BHD)
         return self.out(x_BHD).squeeze(2).mean(1)
 
 
@@ -139,11 +253,19 @@ class SDCNv3(Ranker):
         initialise(self)
 
     def forward(self, batch: Batch, catalog: Catalog, clicks_C: Tensor) -> Logits:
-        fields = self.fields(batch.fields_BF) + self.items(batch.item_B, catalog)
+        fields = self.fields(batch.fields_BF)
+        if len(self.items):
+            rows_U, index_B = distinct_rows(batch.item_B.long(), len(catalog))
+            items_UE = torch.cat(self.items(rows_U, catalog), 1)
+            fields += F.embedding(index_B, items_UE).chunk(len(self.items), 1)
         if self.history_length > 0:
-            fields += self._history(history_rows(clicks_C, batch.start_B, batch.end_B, self.history_length), catalog)
+            fields += self.history(history_rows(clicks_C, batch.start_B, batch.end_B, self.history_length), catalog)
+        return self.cross(torch.stack(fields, 1))
+
+    def cross(self, fields_BFE: Tensor) -> Logits:
+        """The towers on F' fields, each E = d·H wide."""
         # [B, F', H, 2, d/2] -> [B, H, 2, F', d/2]: in each head all first halves, then all second halves
-        split = torch.stack(fields, 1).unflatten(2, (self.config.heads, 2, self.config.dim // 2))
+        split = fields_BFE.unflatten(2, (self.config.heads, 2, self.config.dim // 2))
         x_BHD = split.permute(0, 2, 3, 1, 4).flatten(2)
         if self.shallow is None:
             return Logits(self.deep(x_BHD, F.linear(x_BHD, self.deep.first_weight)))
@@ -161,7 +283,10 @@ class SDCNv3(Ranker):
     def _has_item_id(self) -> bool:
         return 0 in self.items.columns  # the schema puts item_id first among the item's categoricals
 
-    def _history(self, hist_BL: Tensor, catalog: Catalog) -> list[Tensor]:
+    def ranking(self, catalog: Catalog) -> SDCNv3Ranking:
+        return SDCNv3Ranking(self, catalog)
+
+    def history(self, hist_BL: Tensor, catalog: Catalog) -> list[Tensor]:
         """Means over the items of the history, [B, table width] each; an empty history gives zeros."""
         means = []
         if self._has_item_id:
@@ -173,3 +298,25 @@ class SDCNv3(Ranker):
             mean_BE = F.embedding_bag(hist_BL, catalog.vector_IE, mode="mean", padding_idx=PADDING)
             means.append(self.items.project(mean_BE.to(self.items.project.weight.dtype)))
         return means
+
+
+class SDCNv3Ranking:
+    """SDCNv3 for serving: item fields in a table, and the history's means once for all candidates."""
+
+    @torch.inference_mode()
+    def __init__(self, model: SDCNv3, catalog: Catalog) -> None:
+        self.model, self.catalog = deepcopy(model).eval(), catalog
+        rows_I = torch.arange(len(catalog))
+        parts = model.items(rows_I, catalog)
+        self.item_IPE = torch.stack(parts, 1) if parts else None
+
+    @torch.inference_mode()
+    def __call__(self, fields_NF: Tensor, item_N: Tensor, hist_K: Tensor) -> Tensor:
+        fields = [field[:, None] for field in self.model.fields(fields_NF)]
+        if self.item_IPE is not None:
+            fields.append(self.item_IPE[item_N])
+        if self.model.history_length > 0:
+            hist_1K = F.pad(hist_K[None], (1, 0), value=PADDING)  # means of none at all cannot be taken
+            means = self.model.history(hist_1K, self.catalog)
+            fields += [mean[:, None].expand(len(item_N), 1, -1) for mean in means]
+        return self.model.cross(torch.cat(fields, 1)).logit_B

@@ -1,11 +1,12 @@
 """The published networks written plainly, position by position and layer by layer: slow, and the oracle of the tests.
 
 They read the parameters and buffers of our modules by name and take nothing else from them. `training` selects
-BatchNorm's statistics and dropout; dropout is drawn in the published order, so one seed replays the masks.
+BatchNorm's statistics and dropout. Masks are drawn in the published order: one seed and one `dropout` replay them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -17,11 +18,12 @@ from models.schema import Batch, Catalog, Schema
 from models.sdcnv3 import SDCNv3Config
 
 State = dict[str, Tensor]
+Dropout = Callable[[Tensor, float, bool], Tensor]
 
 
 def embed(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table, zero (in value and in gradient) at index 0."""
-    return table[index.long()] * (index != 0).unsqueeze(-1)
+    """Rows of a table whose row 0 is zero and gets no gradient."""
+    return F.embedding(index.long(), table, padding_idx=0)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -77,33 +79,33 @@ def qin(
     schema: Schema,
     batch: Batch,
     catalog: Catalog,
-    clicks_C: Tensor,
+    hist_BL: Tensor,
     *,
     training: bool,
+    dropout: Dropout = F.dropout,
 ) -> Tensor:
     """Logits [B], with keys and values for every history position."""
     x = field_parts(state, schema, config.exclude, batch.fields_BF)
     t = torch.cat(item_parts(state, schema, config.exclude, batch.item_B.long(), catalog), -1)
     x.append(t)
     if schema.history_length > 0:
-        hist_BL = histories(batch, clicks_C, schema.history_length)
         s = torch.cat(item_parts(state, schema, config.exclude, hist_BL, catalog), -1)
         q = t @ state["attention.query.weight"].T
         k = s @ state["attention.key.weight"].T
         v = s @ state["attention.value.weight"].T
-        scores = torch.stack([(q * k[:, position]).sum(-1) for position in range(hist_BL.shape[1])], 1)
+        scores = (q.unsqueeze(1) @ k.transpose(1, 2)).squeeze(1)
         a = torch.relu(scores / sqrt(config.attention_dim) * (hist_BL != 0))
-        pooled = (a.unsqueeze(-1) * v).sum(1)
+        pooled = (a.unsqueeze(1) @ v).squeeze(1)
         x.append(pooled @ state["attention.out.weight"].T + t)
     x = torch.cat(x, -1)
     for i in range(config.layers):
         layer = f"layers.{i}"
         h = x @ state[f"{layer}.project.weight"].T + state[f"{layer}.project.bias"]
-        h = F.dropout(h, config.dropout, training).view(len(x), config.rows, x.shape[1])
+        h = dropout(h, config.dropout, training).view(len(x), config.rows, x.shape[1])
         z = sum(x * h[:, r] for r in range(config.rows))
         z = batch_norm(state, f"{layer}.norm", z, training)
         z = torch.where(z > 0, z, state[f"{layer}.activation.weight"] * z)
-        x = F.dropout(z, config.dropout, training) + x
+        x = dropout(z, config.dropout, training) + x
     return (x @ state["out.weight"].T + state["out.bias"]).squeeze(-1)
 
 
@@ -113,15 +115,15 @@ def sdcnv3(
     schema: Schema,
     batch: Batch,
     catalog: Catalog,
-    clicks_C: Tensor,
+    hist_BL: Tensor,
     *,
     training: bool,
+    dropout: Dropout = F.dropout,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [B] of the deep and of the shallow tower (None where there is none)."""
     fields = field_parts(state, schema, config.exclude, batch.fields_BF)
     fields += item_parts(state, schema, config.exclude, batch.item_B.long(), catalog)
     if schema.history_length > 0:
-        hist_BL = histories(batch, clicks_C, schema.history_length)
         if schema.item_fields and "item_id" not in config.exclude:
             ids = embed(state["items.categoricals.0.weight"], catalog.categorical_IG[hist_BL][..., 0])
             fields.append(masked_mean(ids, hist_BL != 0))
@@ -136,7 +138,7 @@ def sdcnv3(
         heads.append(torch.cat(first + second, -1))
     x1 = torch.stack(heads, 1)
 
-    def tower(name: str, layers: int, dropout: float) -> Tensor:
+    def tower(name: str, layers: int, rate: float) -> Tensor:
         x = x1
         for i in range(layers):
             gate = f"{name}.gates.{i}"
@@ -150,7 +152,7 @@ def sdcnv3(
                 normal = normal * state[f"{gate}.layer_norm.weight"] + state[f"{gate}.layer_norm.bias"]
             g = torch.cat([c, c * torch.relu(normal)], -1) + state[f"{gate}.bias"]
             x = (x if name == "deep" else x1) * g + x
-            x = F.dropout(x, dropout, training)
+            x = dropout(x, rate, training)
         logits = x @ state[f"{name}.out.weight"].T + state[f"{name}.out.bias"]
         return sum(logits[:, h, 0] for h in range(config.heads)) / config.heads
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import histories
 from published import qin as published_qin
 
-from models.layers import distinct_rows
-from models.qin import QIN, QINConfig, SparseTargetAttention
+from models.layers import distinct_rows, dropout
+from models.qin import QIN, PointerPool, QINConfig, SparseTargetAttention, gathered_pool
+from models.registry import build
 from models.schema import PADDING, Feature, Schema
 
 SMALL = {"dim": 4, "attention_dim": 6, "layers": 2, "rows": 3}
@@ -23,9 +25,10 @@ def compare(world, config, shaken, *, training, atol=1e-9, seed=0):
     shaken(model, seed)
     model.train(training)
     inputs = (world.batch, world.catalog, world.clicks_C)
+    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
     state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
     torch.manual_seed(seed)
-    wanted_B = published_qin(state, config, world.schema, *inputs, training=training)
+    wanted_B = published_qin(state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=dropout)
     torch.manual_seed(seed)
     logits = model(*inputs)
     torch.testing.assert_close(logits.logit_B, wanted_B, rtol=atol, atol=atol)
@@ -98,7 +101,8 @@ def test_equals_the_published_form_whatever_the_shapes(
     model = QIN(config, world.schema).double().eval()
     shaken(model, seed)
     inputs = (world.batch, world.catalog, world.clicks_C)
-    wanted_B = published_qin(model.state_dict(), config, world.schema, *inputs, training=False)
+    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
+    wanted_B = published_qin(model.state_dict(), config, world.schema, *inputs[:2], hist_BL, training=False)
     torch.testing.assert_close(model(*inputs).logit_B, wanted_B, rtol=1e-9, atol=1e-9)
 
 
@@ -142,11 +146,67 @@ def test_padding_and_what_lies_before_the_history_change_nothing(make_world, sha
 def test_attention_leaves_masked_positions_out_whatever_they_hold():
     torch.manual_seed(0)
     attention = SparseTargetAttention(5, 7).double()
-    target_BM, hist_BLM = torch.randn(6, 5).double(), torch.randn(6, 4, 5).double()
+    target_BM, item_UM, index_BL = torch.randn(6, 5).double(), torch.randn(9, 5).double(), torch.randint(9, (6, 4))
     real_BL = torch.tensor([False, True, False, True]).expand(6, 4)
-    found_BM = attention(target_BM, hist_BLM, real_BL)
-    torch.testing.assert_close(found_BM, attention(target_BM, hist_BLM[:, 1::2], real_BL[:, 1::2]))
-    assert not torch.allclose(found_BM, attention(target_BM, hist_BLM, torch.ones_like(real_BL)))
+    found_BM = attention(target_BM, item_UM, index_BL, real_BL)
+    torch.testing.assert_close(found_BM, attention(target_BM, item_UM, index_BL[:, 1::2], real_BL[:, 1::2]))
+    assert not torch.allclose(found_BM, attention(target_BM, item_UM, index_BL, torch.ones_like(real_BL)))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 6), items=st.integers(1, 8), width=st.integers(1, 9), length=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_pooling_by_pointers_equals_pooling_what_was_gathered(rows, items, width, length, seed):
+    rng = torch.Generator().manual_seed(seed)
+    q_BM, item_UM, grad_BM = (
+        torch.randn(n, width, generator=rng, dtype=torch.float64, requires_grad=True) for n in (rows, items, rows)
+    )
+    index_BL = torch.randint(items, (rows, length), generator=rng)
+    real_BL = torch.rand(rows, length, generator=rng) < 0.7
+    pooled = [pool(q_BM, item_UM, index_BL, real_BL) for pool in (PointerPool.apply, gathered_pool)]
+    torch.testing.assert_close(*pooled, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(found_BM, (q_BM, item_UM), grad_BM) for found_BM in pooled]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def rank_one_by_one(model, world):
+    """Eval-mode logits by `forward` and by `ranking`, each row as a user of its own with its own candidate."""
+    batch, length = world.batch, world.schema.history_length
+    ranking = model.eval().ranking(world.catalog)
+    found = []
+    for row in range(len(batch.item_B)):
+        start, end = int(batch.start_B[row]), int(batch.end_B[row])
+        hist_K = world.clicks_C[max(start, end - length) : end].long() if length else world.clicks_C[:0].long()
+        found.append(ranking(batch.fields_BF[row, None], batch.item_B[row, None].long(), hist_K))
+    return model(batch, world.catalog, world.clicks_C).logit_B, torch.cat(found)
+
+
+@pytest.mark.parametrize("family", ["qin", "sdcnv3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"history": 0}, {"fields": 0}, {"vector": 0}, {"sets": 2}, {"clicks": 0}], ids=str
+)
+def test_ranking_gives_the_scores_of_the_model(make_world, shaken, family, options):
+    world = make_world(**options)
+    model = build(family, {"dim": 4, **({"rows": 3} if family == "qin" else {"heads": 2})}, world.schema).double()
+    shaken(model)
+    wanted_B, found_B = rank_one_by_one(model, world)
+    assert wanted_B.std() > 1e-3
+    torch.testing.assert_close(found_B, wanted_B, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["qin", "sdcnv3"])
+def test_ranking_scores_many_candidates_at_once_and_keeps_its_weights(make_world, shaken, family):
+    world = make_world(rows=7)
+    model = build(family, {"dim": 4}, world.schema).double().eval()
+    shaken(model)
+    ranking = model.ranking(world.catalog)
+    hist_K = world.clicks_C[:3].long()
+    together_N = ranking(world.batch.fields_BF, world.batch.item_B.long(), hist_K)
+    shaken(model, seed=9)
+    alone = [ranking(world.batch.fields_BF[i : i + 1], world.batch.item_B[i : i + 1].long(), hist_K) for i in range(7)]
+    torch.testing.assert_close(together_N, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_the_item_tower_sees_each_distinct_row_once(make_world):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import histories
 from published import sdcnv3 as published_sdcnv3
 from torch.nn import functional as F  # noqa: N812
 
+from models.layers import dropout
 from models.schema import Feature, Schema
-from models.sdcnv3 import SDCNv3, SDCNv3Config
+from models.sdcnv3 import HeadNorm, SDCNv3, SDCNv3Config
 
 SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
 STILL = {"deep_dropout": 0.0, "shallow_dropout": 0.0}
@@ -33,9 +35,12 @@ def compare(world, config, shaken, *, training, dtype=torch.float64, tolerance=1
     shaken(model, seed)
     model.train(training)
     inputs = (world.batch, world.catalog, world.clicks_C)
+    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
     state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
     torch.manual_seed(seed)
-    deep_B, shallow_B = published_sdcnv3(state, config, world.schema, *inputs, training=training)
+    deep_B, shallow_B = published_sdcnv3(
+        state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=dropout
+    )
     torch.manual_seed(seed)
     logits = model(*inputs)
     wanted_B = deep_B if shallow_B is None else (deep_B + shallow_B) * 0.5
@@ -113,7 +118,8 @@ def test_equals_the_published_form_whatever_the_shapes(
     model = SDCNv3(config, world.schema).double().eval()
     shaken(model, seed)
     inputs = (world.batch, world.catalog, world.clicks_C)
-    wanted = published_sdcnv3(model.state_dict(), config, world.schema, *inputs, training=False)
+    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
+    wanted = published_sdcnv3(model.state_dict(), config, world.schema, *inputs[:2], hist_BL, training=False)
     torch.testing.assert_close(model(*inputs).parts_B, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -131,6 +137,27 @@ def test_has_the_published_number_of_parameters():
     )
     model = SDCNv3(SDCNv3Config(), schema)
     assert sum(p.numel() for p in model.parameters()) == 201_728
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_head_norm_is_batch_norm(heads):
+    torch.manual_seed(0)
+    own, wanted = HeadNorm(heads).double(), torch.nn.BatchNorm1d(heads).double()
+    x_BHK = torch.randn(5, heads, 4, dtype=torch.float64) * 3 + 7
+    with torch.no_grad():
+        own.weight.copy_(torch.rand(heads) + 1)
+        own.bias.copy_(torch.rand(heads))
+    wanted.load_state_dict(own.state_dict())
+    gradients = []
+    for norm in (own, wanted):
+        leaf_BHK = x_BHK.clone().requires_grad_()
+        for _ in range(3):
+            out_BHK = norm(leaf_BHK)
+        out_BHK.sin().sum().backward()
+        gradients.append((out_BHK, leaf_BHK.grad, norm.weight.grad, norm.bias.grad))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(own.state_dict(), wanted.state_dict(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(own.eval()(x_BHK), wanted.eval()(x_BHK))
 
 
 @pytest.mark.parametrize("clicks", ["none", "empty ranges"])
