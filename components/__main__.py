@@ -56,9 +56,11 @@ Repo = Annotated[Path, typer.Option(help="The Feast repo's folder.")]
 Data = Annotated[Path, typer.Option(help="The training arrays, as `dataset` writes them.")]
 Checkpoints = Annotated[Path, typer.Option(help="The folder that holds a checkpoint folder a model.")]
 Champion = Annotated[Path, typer.Option(help="champion.json: which version serves now.")]
+Weights = Annotated[Path, typer.Option(help="What training begins from, as `start` writes it for the model.")]
 Output = Annotated[Path, typer.Option(help="What this step writes, whole or not at all.")]
 Model = Annotated[str, typer.Argument(help="Its section under `train` in params.yaml: qin or sdcnv3.")]
 PARAMS = Path("params.yaml")
+SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one
 DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
 
 
@@ -131,19 +133,31 @@ def dataset(
 
 
 @app.command(cls=Stage)
+def start(champion: Champion, output: Output, params: Params = PARAMS) -> None:
+    """What training begins from: nothing, or the champion's weights for models with a warm start."""
+    from components import start as step
+    from components.config import load
+
+    for model, version in step.run(load(params, "start", step.StartConfig), champion, output).items():
+        console.print(f"{model}: {f'a warm start from {version}' if version else 'a cold start'}")
+
+
+@app.command(cls=Stage)
 def train(
     model: Model,
     dataset: Data,
+    weights: Weights,
     output: Output,
     metrics: Annotated[Path, typer.Option(help="A JSON of the run's figures.")],
     history: Annotated[Path, typer.Option(help="A CSV with one line an epoch.")],
     params: Params = PARAMS,
 ) -> None:
-    """One ranker: early stopping on the valid days, resumed where it was killed."""
+    """One ranker: early stopping on the valid days, resumed where it was stopped. Also under torchrun."""
     from components import train as step
     from components.config import load
 
-    found = step.run(load(params, f"train.{model}", step.TrainConfig), model, dataset, output, metrics, history)
+    config = load(params, f"train.{model}", step.TrainConfig)
+    found = step.run(config, model, dataset, weights, output, metrics, history)
     _say(found, "epochs", "best_epoch", "valid_auc", "rows_per_second")
 
 
@@ -227,8 +241,8 @@ def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("
 
 @app.command()
 def use(
-    source: Annotated[str, typer.Argument(help="simulator or movielens.")],
-    raw: Annotated[str | None, typer.Option(help="The path the source reads; the simulator needs none.")] = None,
+    source: Annotated[str, typer.Argument(help="simulator, movielens, microlens or files.")],
+    raw: Annotated[str | None, typer.Option(help="The path that the source reads, or for files a URL.")] = None,
     params: Params = PARAMS,
 ) -> None:
     """Point the pipeline at a source: checks it, and writes ingest.source and ingest.raw of params.yaml."""
@@ -262,6 +276,8 @@ def rollback(
 
 def _say(facts: dict[str, Any], *names: str) -> None:
     """The named facts in one line on the terminal."""
+    if not SPEAKS:
+        return
     shown = (
         f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" if type(value) is int else
         f"{name} {value}" for name in names if (value := facts.get(name)) is not None
@@ -278,6 +294,8 @@ def _measured(name: str) -> Iterator[None]:
     except SystemExit as done:  # how Typer ends, well or not
         if done.code:
             raise
+    if not SPEAKS:
+        return
     seconds = time.perf_counter() - start
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     peak = max(own, children) / 1024

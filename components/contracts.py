@@ -1,14 +1,23 @@
 """The canonical data: what every source is turned into and every later step may rely on.
 
-    events/day=YYYY-MM-DD/part-0.parquet   user_id, item_id, timestamp, label, [true_probability], context columns
+    events/day=YYYY-MM-DD/part-0.parquet   user_id, item_id, timestamp, label, [OPTIONAL columns], context columns
     users.parquet                          user_id, attribute columns
     items.parquet                          item_id, created_at, title, tags, text, attribute columns
     modalities/NAME.parquet                item_id, vector: float32, one length; a missing modality is null or no row
+    histories.parquet                      item_id: only where the source gives the histories itself
+    quarantine/N-REASON.parquet            the rows that were left out, each with its reason
     source.json                            what the source says of itself: counts, days, the oracle's AUC
 
 Columns beyond the named ones are strings, and each becomes a categorical feature: on events a context of the
-impression, on users and items an attribute. `true_probability` is a simulator's own click probability: it measures
-the ceiling of every model, and is never a feature.
+impression, on users and items an attribute. The optional columns of events are never features:
+
+    true_probability            a simulator's own click probability: it measures the ceiling of every model
+    created_at                  when the row arrived; of two rows of one impression the newer counts
+    split                       train, valid or test, where the source gives the split
+    history_start, history_end  the row's history is histories[start:end], oldest first
+
+A source that has no times (`sources.timeless`) gives its histories, be they empty: its timestamps are an order and no
+more, so no history and no popularity is counted over them.
 """
 
 from __future__ import annotations
@@ -22,8 +31,12 @@ import pyarrow.parquet as pq
 
 UTC = pa.timestamp("us", tz="UTC")
 ORACLE = "true_probability"
+ARRIVAL = "created_at"
+SPLIT = "split"
+HISTORY = ("history_start", "history_end")
 
 EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", UTC), ("label", pa.int8())])
+OPTIONAL = {ORACLE: pa.float32(), ARRIVAL: UTC, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64())}
 USERS = pa.schema([("user_id", pa.int64())])
 ITEMS = pa.schema(
     [
@@ -34,6 +47,7 @@ ITEMS = pa.schema(
         ("text", pa.string()),
     ]
 )
+HISTORIES = pa.schema([("item_id", pa.int64())])
 VECTORS = pa.schema([("item_id", pa.int64()), ("vector", pa.list_(pa.float32()))])
 
 
@@ -52,7 +66,7 @@ class Canonical:
         files = sorted((self.root / "events").glob("day=*/part-0.parquet"))
         if not files:
             raise ValueError(f"{self.root}/events holds no day; run `dvc repro ingest`")
-        return pa.concat_tables([_read(file, EVENTS, {ORACLE: pa.float32()}) for file in files])
+        return pa.concat_tables([_read(file, EVENTS, OPTIONAL) for file in files])
 
     def users(self) -> pa.Table:
         return _read(self.root / "users.parquet", USERS, {})
@@ -65,10 +79,16 @@ class Canonical:
         files = sorted((self.root / "modalities").glob("*.parquet"))
         return {file.stem: _read(file, VECTORS, {}, extra_columns=False) for file in files}
 
+    def histories(self) -> pa.ChunkedArray | None:
+        """The item ids that history_start and history_end of the events point at; None where they are derived."""
+        file = self.root / "histories.parquet"
+        return _read(file, HISTORIES, {}, extra_columns=False)["item_id"] if file.is_file() else None
+
 
 def attributes(table: pa.Table, schema: pa.Schema) -> list[str]:
     """The columns beyond the contract: each is a categorical feature."""
-    return [name for name in table.column_names if name not in {*schema.names, ORACLE}]
+    known = {*schema.names, *(OPTIONAL if schema is EVENTS else ())}
+    return [name for name in table.column_names if name not in known]
 
 
 def conform(table: pa.Table, schema: pa.Schema, where: str, *, optional: dict[str, pa.DataType] | None = None,

@@ -10,9 +10,9 @@ A history is click_log[end - length : end]. Vocabularies are those of the traini
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from components.artifacts import file_hash, new_folder, read_json, write_json
 from components.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
-from components.splits import SplitConfig, rows_by_day, split_days
+from components.splits import SplitConfig, split_rows
 from models.registry import load_encoder, save_encoder
 from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
 
@@ -57,16 +57,18 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset on one device. Rows are in time order; `splits[name]` is a range of them.
+    """A dataset, its tensors memory-mapped until `to` moves them. Rows are in time order; `splits[name]` is a range.
 
     columns   the tensors of rows.safetensors
     facts     dataset.json
+    streams   the rows stay on the host, and `batches` fetches one ahead; catalog and click log lie on the device
     """
 
     encoder: Encoder
     catalog: Catalog
     columns: dict[str, Tensor]
     facts: dict[str, Any]
+    streams: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> Dataset:
@@ -93,21 +95,71 @@ class Dataset:
     def click_log(self) -> Tensor:
         return self.columns["click_log"]
 
-    def to(self, device: torch.device | str) -> Dataset:
-        columns = {name: column.to(device) for name, column in self.columns.items()}
-        return Dataset(self.encoder, self.catalog.to(device), columns, self.facts)
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.click_log.device
+
+    def to(self, device: torch.device, *, stream: bool = False) -> Dataset:
+        """For batches on `device`: all that they read goes there, or, to `stream`, all but the rows."""
+        moved = {"click_log"} if stream else {"click_log", *self._batch_columns}
+        columns = {name: column.to(device) if name in moved else column for name, column in self.columns.items()}
+        return Dataset(self.encoder, self.catalog.to(device), columns, self.facts, stream)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what batches read of the rows."""
+        return sum(self.columns[name].nbytes for name in self._batch_columns)
+
+    @property
+    def _batch_columns(self) -> tuple[str, ...]:
+        fields = (f"field.{feature.name}" for feature in self.schema.impression_fields)
+        return (*fields, "item", "end", "length", "label")
 
     def batch(self, rows: Tensor | slice) -> Batch:
-        """The rows (int64 indices, or a slice) as a batch, gathered on the device."""
-        columns = self.columns
-        fields = [columns[f"field.{feature.name}"][rows].long() for feature in self.schema.impression_fields]
-        item_B, end_B = columns["item"][rows].long(), columns["end"][rows].long()
+        """The rows (a slice, or int64 indices that lie where the rows do) as a batch."""
+        return self._widen(self._gather(rows))
+
+    def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
+        """A batch for each chunk of rows. Where the dataset streams, a thread gathers the next one meanwhile.
+
+        To a CUDA device that batch also crosses meanwhile, from pinned memory and on a stream of its own.
+        """
+        if not self.streams:
+            yield from map(self.batch, chunks)
+            return
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with ThreadPoolExecutor(1) as thread:
+            fetching: Future[list[Tensor]] | None = None
+            for chunk in (*chunks, None):
+                fetched, fetching = fetching, None if chunk is None else thread.submit(self._gather, chunk, side)
+                if fetched is None:
+                    continue
+                columns = fetched.result()
+                if side is not None:
+                    for column in columns:  # its memory is not for the next fetch before this stream is done with it
+                        column.record_stream(torch.cuda.current_stream(self.device))
+                yield self._widen(columns)
+
+    def _gather(self, rows: Tensor | slice, side: torch.cuda.Stream | None = None) -> list[Tensor]:
+        """The batch's columns, as narrow as they lie, on the device; through pinned memory where on a side stream."""
+        columns = [self.columns[name][rows] for name in self._batch_columns]
+        if side is None:
+            return [column.to(self.device) for column in columns]
+        with torch.cuda.stream(side):
+            arrived = [column.pin_memory().to(self.device, non_blocking=True) for column in columns]
+        side.synchronize()  # the thread waits, the training stream does not
+        return arrived
+
+    def _widen(self, columns: list[Tensor]) -> Batch:
+        *fields, item_B, end_B, length_B, label_B = columns
+        item_B, end_B = item_B.long(), end_B.long()
         return Batch(
-            torch.stack(fields, 1) if fields else item_B.new_zeros(len(item_B), 0),
+            torch.stack([field.long() for field in fields], 1) if fields else item_B.new_zeros(len(item_B), 0),
             item_B,
-            end_B - columns["length"][rows].long(),
+            end_B - length_B.long(),
             end_B,
-            columns["label"][rows].float(),
+            label_B.float(),
         )
 
     def user_ids(self, rows: Tensor | slice) -> Tensor:
@@ -123,15 +175,13 @@ def run(
     data = Canonical(canonical)
     events = data.events()
     joined, vectors = join(events, data.items()["item_id"], repo)
-    rows = rows_by_day(events)
-    cut = split_days(list(rows), list(rows.values()), split)
+    cut = split_rows(events, split)
     encoder, catalog = fit(config, joined, cut.valid_start, data, vectors, receipt["embedding_version"])
     columns = encode(config, joined, encoder, catalog)
     log = torch.from_numpy(read_parquet(features / "click_log.parquet")["item_id"].to_numpy().copy())
     columns["click_log"] = catalog.rows(log).to(torch.int32)
     narrow = {name: _narrow(column) for name, column in columns.items()}
-    bounds = (0, cut.valid_start, cut.test_start, len(events))
-    splits = dict(zip(("train", "valid", "test"), pairwise(bounds), strict=True))
+    splits = cut.ranges(len(events))
     label = columns["label"].double()
     with new_folder(output) as folder:
         save_encoder(folder / "encoder", encoder, catalog)
@@ -214,17 +264,21 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     for name in attributes(events, EVENTS):
         fields[name], origin[name] = events[name], "context"
     for name in ("views", "clicks"):
+        if table[name].null_count == len(table):  # a source without times has no popularity
+            continue
         counts = table[name].to_numpy(zero_copy_only=False)
         level = popularity_level(np.nan_to_num(counts.astype(np.float64)))
         fields[f"{name}_level"] = pa.chunked_array([pa.array(level, mask=pc.is_null(table[name]).to_numpy())])
         origin[f"{name}_level"] = "item"
     start, end = (table[n].fill_null(0).cast(pa.int64()).to_numpy() for n in ("clicks_start", "clicks_end"))
     known = known.filter(pc.is_valid(known["embedding"]))
-    vectors = vector_matrix(known["embedding"].cast(pa.list_(pa.float32())), "Feast item_embedding")
-    matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(known), -1)
-    position = pc.index_in(item_ids, value_set=known["item_id"].combine_chunks()).fill_null(-1).to_numpy()
-    found = np.zeros((len(item_ids), matrix.shape[1]), dtype=np.float32)
-    found[position >= 0] = matrix[position[position >= 0]]
+    found = np.zeros((len(item_ids), 0), dtype=np.float32)
+    if len(known):
+        vectors = vector_matrix(known["embedding"].cast(pa.list_(pa.float32())), "Feast item_embedding")
+        matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(known), -1)
+        position = pc.index_in(item_ids, value_set=known["item_id"].combine_chunks()).fill_null(-1).to_numpy()
+        found = np.zeros((len(item_ids), matrix.shape[1]), dtype=np.float32)
+        found[position >= 0] = matrix[position[position >= 0]]
     joined = Joined(
         labels=events["label"].to_numpy(),
         oracle=events[ORACLE].to_numpy() if ORACLE in events.column_names else None,
@@ -241,7 +295,10 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
 def fit(
     config: DatasetConfig, joined: Joined, train_rows: int, data: Canonical, vectors: np.ndarray, version: str
 ) -> tuple[Encoder, Catalog]:
-    """Vocabularies of the first `train_rows` rows, and the catalog of all items under them."""
+    """Vocabularies of the first `train_rows` rows, and the catalog of all items under them.
+
+    One user or one item in all of the data tells nothing apart, and is no feature; without clicks there is no history.
+    """
     features: list[Feature] = []
     integers: dict[str, Tensor] = {}
 
@@ -258,12 +315,14 @@ def fit(
         )
 
     for name, column in joined.fields.items():
-        add(name, column.slice(0, train_rows), "impression")
+        if name != "user_id" or len(data.users()) > 1:
+            add(name, column.slice(0, train_rows), "impression")
     items = data.items().sort_by("item_id")
     order = np.argsort(data.items()["item_id"].to_numpy(), kind="stable")
     shown = pa.chunked_array([joined.item_ids[:train_rows]])
     position = pc.index_in(shown, value_set=items["item_id"].combine_chunks())
-    add("item_id", shown, "item")
+    if len(items) > 1:
+        add("item_id", shown, "item")
     for name in attributes(items, ITEMS):
         add(name, items[name].take(position), "item")
     tags = pc.list_slice(items["tags"].combine_chunks(), 0, config.max_tags)
@@ -273,12 +332,14 @@ def fit(
         add("tags", pa.chunked_array([shown_tags]), "item", kind="multi", length=length)
     if vectors.shape[1]:
         features.append(Feature(name="embedding", owner="item", kind="vector", size=vectors.shape[1]))
-    schema = Schema(features=tuple(features), history_length=config.history_length, embedding_version=version)
+    history_length = config.history_length if joined.clicks_end.any() else 0
+    schema = Schema(features=tuple(features), history_length=history_length, embedding_version=version)
     encoder = Encoder(schema, integers)
 
     ids = torch.from_numpy(items["item_id"].to_numpy().copy())
     nothing = torch.iinfo(torch.int64).min
     categorical = [encode_column(encoder, f.name, items[f.name]) for f in schema.item_fields]
+    columns = torch.stack(categorical, 1) if categorical else torch.empty(len(items), 0, dtype=torch.int64)
     unknown = torch.full((SPECIAL, len(categorical)), UNKNOWN)
     unknown[0] = 0
     sets = {}
@@ -291,7 +352,7 @@ def fit(
     vector_IE = torch.from_numpy(np.concatenate([np.zeros((SPECIAL, vectors.shape[1]), np.float32), vectors[order]]))
     catalog = Catalog(
         torch.cat([torch.tensor([nothing, nothing]), ids]),
-        _narrow(torch.cat([unknown, torch.stack(categorical, 1)])),
+        _narrow(torch.cat([unknown, columns])),
         {name: _narrow(values) for name, values in sets.items()},
         vector_IE if vectors.shape[1] else None,
     )
@@ -300,7 +361,8 @@ def fit(
 
 def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Catalog) -> dict[str, Tensor]:
     """The columns of rows.safetensors, not yet narrowed."""
-    columns = {f"field.{name}": encode_column(encoder, name, column) for name, column in joined.fields.items()}
+    fields = (feature.name for feature in encoder.schema.impression_fields)
+    columns = {f"field.{name}": encode_column(encoder, name, joined.fields[name]) for name in fields}
     columns["item"] = catalog.rows(torch.from_numpy(joined.item_ids.copy()))
     end, start = (torch.from_numpy(a.copy()) for a in (joined.clicks_end, joined.clicks_start))
     columns["end"], columns["length"] = end, (end - start).clamp(max=config.history_length)

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.artifacts import read_json, write_json
-from components.contracts import USERS, UTC, Canonical, attributes, read_parquet
+from components.contracts import HISTORY, USERS, UTC, Canonical, attributes, read_parquet
 from components.validate import require
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
             "user_history": ask(USER_HISTORY, second=SECOND, lag=lag_us, length=config.history_length),
             "item_popularity": ask(ITEM_POPULARITY, day=DAY, lag=lag_us, days=config.popularity_days),
         }
+    if (histories := data.histories()) is not None:
+        tables |= given_histories(config, events, histories)
     first = pc.min(events["timestamp"])
     users = data.users()
     tables["user_profile"] = users.append_column("event_timestamp", pa.repeat(first, len(users)).cast(UTC))
@@ -144,6 +146,39 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
     for name, table in tables.items():
         pq.write_table(table, output / "sources" / f"{name}.parquet")
     return max(pc.max(table["event_timestamp"]).as_py() for table in tables.values() if len(table))
+
+
+def given_histories(config: FeaturesConfig, events: pa.Table, histories: pa.ChunkedArray) -> dict[str, pa.Table]:
+    """The tables of a source that gives the histories itself: an event's is known at that very event.
+
+    Its times are an order and no more, so there is no popularity.
+    """
+    rows = pa.table(
+        {
+            "user_id": events["user_id"],
+            "clicks_start": events[HISTORY[0]],
+            "clicks_end": events[HISTORY[1]],
+            "event_timestamp": events["timestamp"],
+        }
+    ).sort_by([("user_id", "ascending"), ("event_timestamp", "ascending")])
+    users = rows["user_id"].to_numpy()
+    newest = rows.take(pa.array(np.flatnonzero(np.append(users[1:] != users[:-1], True))))
+    end = newest["clicks_end"].to_numpy()
+    length = np.minimum(end - newest["clicks_start"].to_numpy(), config.history_length)
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    items = histories.take(pa.array(np.repeat(end - offsets[1:], length) + np.arange(offsets[-1]))).combine_chunks()
+    history = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items)
+    nothing = pa.schema(
+        [("item_id", pa.int64()), ("event_timestamp", UTC), ("views", pa.int64()), ("clicks", pa.int64())]
+    )
+    return {
+        "click_log": pa.table({"item_id": histories}),
+        "user_clicks": rows,
+        "user_history": pa.table(
+            {"user_id": newest["user_id"], "history": history, "event_timestamp": newest["event_timestamp"]}
+        ).filter(pa.array(length > 0)),
+        "item_popularity": nothing.empty_table(),
+    }
 
 
 SECOND = 1_000_000  # microseconds, as in the canonical timestamps
@@ -244,6 +279,8 @@ def check_online(store: FeatureStore, sources: Path, sample: int) -> int:
     compared = 0
     for view in ONLINE:
         table = read_parquet(sources / f"{view}.parquet")
+        if not len(table):
+            continue
         key = table.column_names[0]
         newest = table.to_pandas().sort_values("event_timestamp", kind="stable").groupby(key).tail(1)
         newest = newest.sort_values(key).iloc[:: max(1, len(newest) // sample)].head(sample)

@@ -2,10 +2,16 @@
 
 What cannot be made canonical (a missing column, a wrong type, a time without a zone) stops here, before anything is
 written; what is canonical in form but wrong in content (an unknown item, a NaN) is judged by `validate`.
+
+Every row that a source read is written to events, or counted under the reason why not: rows left out are in
+quarantine/. Where rows say when they arrived (`created_at`), days may be delivered again: user, item
+and timestamp name an impression, the newest row of it counts, and rows that arrived at `until` or later are not known.
+So ingest of the same `until` gives the same bytes, whatever was delivered since.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC as ZONE
 from datetime import datetime
@@ -16,37 +22,65 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
 
 from components import sources
 from components.artifacts import new_folder, write_json
-from components.contracts import EVENTS, ITEMS, ORACLE, USERS, VECTORS, attributes, conform, write_days
+from components.contracts import (
+    ARRIVAL,
+    EVENTS,
+    HISTORIES,
+    HISTORY,
+    ITEMS,
+    OPTIONAL,
+    ORACLE,
+    USERS,
+    VECTORS,
+    attributes,
+    conform,
+    write_days,
+)
+from components.sources import RawTables
+from components.sources.files import FilesConfig
 from components.sources.simulator import SimulatorConfig
 
 # Names that later steps give to features, or to columns of their joins.
 RESERVED = {
     "user_id", "item_id", "row_id", "event_timestamp", "tags", "embedding", "history", "views", "clicks",
-    "views_level", "clicks_level", "clicks_start", "clicks_end",
+    "clicks_start", "clicks_end", *OPTIONAL,
 }  # fmt: skip
+POPULARITY = {"views_level", "clicks_level"}  # features too, unless the source gives its histories itself
+UNKNOWN_YET = "not known before until"  # counted, never written: a later delivery changes no byte
+DAY = np.timedelta64(1, "D")
+MONTH = 30  # days, in which a day without a row is unusual
+SHOWN = 14  # unusual days in the terminal; source.json has all
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """source     simulator or movielens
-    raw        the path the source reads; the simulator has no files, its code is its input
-    until      ISO time with a zone: later events are left out, and freshness is measured back from it;
-               null takes every event, and then freshness is not judged
-    simulator  the world that the simulator draws
+    """source        simulator, movielens, microlens or files
+    raw           the path the source reads; the simulator has no files, its code is its input
+    until         ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
+                  measured back from it; null takes every event, and then freshness is not judged
+    max_rejected  share of the rows read that may be broken and go to quarantine; beyond it, ingest stops
+    simulator     the world that the simulator draws
+    files         your own tables, where the source is `files`
     """
 
     source: str
     raw: str
     until: str | None
+    max_rejected: float
     simulator: SimulatorConfig
+    files: FilesConfig
 
     def __post_init__(self) -> None:
         sources.check(self.source, self.raw)
         if self.until is not None:
             parse_time("ingest.until", self.until)
+        if not 0 <= self.max_rejected < 1:
+            raise ValueError(f"max_rejected is {self.max_rejected}; it is a share in [0, 1)")
 
 
 def parse_time(name: str, text: str) -> datetime:
@@ -61,50 +95,181 @@ def parse_time(name: str, text: str) -> datetime:
 
 
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:
-    """Write the canonical folder. Returns its facts (`source.json`)."""
+    """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
     raw = sources.read(config)
-    events = conform(raw.events, EVENTS, f"{config.source} events", optional={ORACLE: pa.float32()})
-    if events["timestamp"].null_count:
-        raise ValueError(f"{config.source} events: {events['timestamp'].null_count} rows have no timestamp; fill them")
-    if config.until is not None:
-        limit = pa.scalar(parse_time("ingest.until", config.until), EVENTS.field("timestamp").type)
-        events = events.filter(pc.less(events["timestamp"], limit))
-    if not len(events):
-        raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
-    events = events.take(pc.sort_indices(events["timestamp"]))  # stable: ties stay as the source had them
+    events = conform(raw.events, EVENTS, f"{config.source} events", optional=OPTIONAL)
     users = conform(raw.users, USERS, f"{config.source} users")
     items = conform(raw.items, ITEMS, f"{config.source} items")
+    given = set(HISTORY) <= set(events.column_names)
     extra = [*attributes(events, EVENTS), *attributes(users, USERS), *attributes(items, ITEMS)]
-    if clashing := sorted({name for name in extra if name in RESERVED or extra.count(name) > 1}):
+    reserved = RESERVED if given else RESERVED | POPULARITY
+    if clashing := sorted({name for name in extra if name in reserved or extra.count(name) > 1}):
         raise ValueError(
             f"{config.source}: extra columns {clashing} have a name that another table's column or a feature of the "
             "pipeline has; rename them where the data is written"
         )
+    if given:
+        _require_histories(config, raw, events)
+    events, rejected, set_aside, unknown_yet = settle(config, raw, events)
+    left_out = {reason: rows for reason, rows in (rejected | set_aside).items() if len(rows)}
+    ledger = {
+        "read": len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values()))) - unknown_yet,
+        "written": len(events),
+        "left_out": {reason: len(rows) for reason, rows in left_out.items()},
+    }
+    assert ledger["read"] == len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
+    broken = sum(map(len, rejected.values()))
+    if broken > config.max_rejected * ledger["read"]:
+        told = "; ".join(f"{reason}: {len(rows)}, e.g. {_first(rows)}" for reason, rows in rejected.items())
+        raise ValueError(
+            f"{config.source}: {broken} of {ledger['read']} rows are broken, more than ingest.max_rejected "
+            f"({config.max_rejected}) of them ({told}); mend the files, or raise the limit"
+        )
+    if not len(events):
+        raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
+    events = events.take(pc.sort_indices(events["timestamp"]))  # stable: ties stay as the source had them
+    days = unusual_days(events, set_aside)
     with new_folder(output) as folder:
-        days = write_days(events, folder / "events")
+        written = write_days(events, folder / "events")
         pq.write_table(users, folder / "users.parquet")
         pq.write_table(items, folder / "items.parquet")
         (folder / "modalities").mkdir()
         for name, table in raw.modalities.items():
             vectors = conform(table, VECTORS, f"{config.source} modality {name}", extra_columns=False)
-            pq.write_table(vectors.sort_by("item_id"), folder / "modalities" / f"{name}.parquet")
+            file = folder / "modalities" / f"{name}.parquet"
+            pq.write_table(vectors.sort_by("item_id"), file, use_dictionary=False)  # no float comes twice
+        if given and raw.histories is not None:
+            pq.write_table(raw.histories, folder / "histories.parquet")
+        if left_out:
+            (folder / "quarantine").mkdir()
+        for at, (reason, rows) in enumerate(left_out.items()):
+            told = rows.append_column("reason", pa.repeat(reason, len(rows)))
+            pq.write_table(told, folder / "quarantine" / f"{at}-{re.sub(r'[^A-Za-z0-9]+', '-', reason)}.parquet")
         facts = {
             "source": config.source,
             "until": config.until,
             "impressions": len(events),
             "label_rate": float(pc.mean(events["label"]).as_py() or 0),
-            "days": len(days),
-            "first_day": days[0],
-            "last_day": days[-1],
+            "days": len(written),
+            "first_day": written[0],
+            "last_day": written[-1],
             "users": len(users),
             "items": len(items),
             "vectors": {name: len(table) for name, table in sorted(raw.modalities.items())},
+            "rows": ledger,
+            "unusual_days": days,
             **raw.facts,
         }
         if ORACLE in events.column_names:
             facts["oracle_auc"] = _auc(events["label"].to_numpy(), events[ORACLE].to_numpy())
         write_json(folder / "source.json", facts)
+    show(ledger, unknown_yet, days)
     return facts
+
+
+def settle(
+    config: IngestConfig, raw: RawTables, events: pa.Table
+) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
+    """The events that count; what is broken and what is set aside, by reason; and how many are not known yet."""
+    rejected, set_aside = dict(raw.rejected), dict(raw.set_aside)
+    unknown_yet = 0
+    if config.until is not None:
+        if set(HISTORY) <= set(events.column_names):
+            raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
+        limit = pa.scalar(parse_time("ingest.until", config.until), EVENTS.field("timestamp").type)
+        known = pc.less(events["timestamp"], limit).fill_null(True)
+        if ARRIVAL in events.column_names:
+            known = pc.and_(known, pc.less(events[ARRIVAL], limit).fill_null(True))
+        unknown_yet = len(events)
+        events = events.filter(known)
+        unknown_yet -= len(events)
+    if events["timestamp"].null_count:
+        rejected["no timestamp"] = events.filter(pc.is_null(events["timestamp"]))
+        events = events.filter(pc.is_valid(events["timestamp"]))
+    if ARRIVAL in events.column_names:
+        superseded, repeated = versions(events)
+        set_aside["repeated"] = events.filter(pa.array(repeated))
+        set_aside["corrected later"] = events.filter(pa.array(superseded & ~repeated))
+        events = events.filter(pa.array(~superseded))
+    return events, rejected, set_aside, unknown_yet
+
+
+def versions(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of events that say when they arrived: which rows have a newer one of their impression (the same user, item and
+    timestamp), and which of those differ from it in nothing but the arrival. Two bool arrays, one entry a row.
+
+    A row without an arrival is the oldest; of equal arrivals the later in the table is the newer.
+    """
+    key = [events[name].cast(pa.int64()).fill_null(-1).to_numpy() for name in ("user_id", "item_id", "timestamp")]
+    arrival = events[ARRIVAL].cast(pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy()
+    order = np.lexsort((arrival, *key))
+    older, newer = order[:-1], order[1:]
+    same = np.all([values[older] == values[newer] for values in key], axis=0)
+    older, newer = older[same], newer[same]
+    equal = np.ones(len(older), dtype=bool)
+    for name in set(events.column_names) - {ARRIVAL, "user_id", "item_id", "timestamp"}:
+        codes = events[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
+        equal &= codes[older] == codes[newer]
+    superseded, repeated = np.zeros(len(events), dtype=bool), np.zeros(len(events), dtype=bool)
+    superseded[older], repeated[older] = True, equal
+    return superseded, repeated
+
+
+def unusual_days(events: pa.Table, set_aside: dict[str, pa.Table]) -> dict[str, dict[str, int]]:
+    """Day -> its rows, and how many arrived a day or more after its end, were repeated or corrected later; the days
+    with any of these, and those of the last month that have no row."""
+    found = {"rows": _count(events)}
+    if ARRIVAL in events.column_names:
+        end = events["timestamp"].to_numpy().astype("datetime64[D]") + DAY
+        arrival = events[ARRIVAL].fill_null(0).to_numpy()
+        found["late"] = _count(events.filter(pa.array(arrival >= end + DAY)))
+    for reason, rows in set_aside.items():
+        if "timestamp" in rows.column_names and rows.schema.field("timestamp").type == EVENTS.field("timestamp").type:
+            found[reason] = _count(rows)
+    last = np.datetime64(max(found["rows"]))
+    month = np.arange(max(np.datetime64(min(found["rows"])), last - MONTH * DAY), last).astype(str).tolist()
+    days = sorted({*month, *(day for counts in found.values() for day in counts)})
+    told = {day: {what: counts.get(day, 0) for what, counts in found.items() if day in counts or what == "rows"}
+            for day in days}  # fmt: skip
+    return {day: counts for day, counts in told.items() if len(counts) > 1 or not counts["rows"]}
+
+
+def _count(rows: pa.Table) -> dict[str, int]:
+    days, counts = np.unique(rows["timestamp"].to_numpy().astype("datetime64[D]"), return_counts=True)
+    return dict(zip(days.astype(str).tolist(), counts.tolist(), strict=True))
+
+
+def show(ledger: dict[str, Any], unknown_yet: int, days: dict[str, dict[str, int]]) -> None:
+    """The tables for the terminal."""
+    told = {"read": ledger["read"] + unknown_yet, UNKNOWN_YET: -unknown_yet}
+    told |= {reason: -rows for reason, rows in ledger["left_out"].items()}
+    table = Table("rows", "", title="What became of the rows", title_justify="left")
+    table.columns[1].justify = "right"
+    for what, rows in {k: v for k, v in told.items() if v}.items():
+        table.add_row(what, f"{rows:,}")
+    table.add_section()
+    table.add_row("written", f"{ledger['written']:,}")
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    if days:
+        names = list(dict.fromkeys(name for counts in days.values() for name in counts))
+        table = Table("day", *names, title=f"Unusual days ({len(days)})", title_justify="left")
+        for day, counts in list(days.items())[-SHOWN:]:
+            table.add_row(day, *(f"{counts.get(name, 0):,}" for name in names))
+        console.print(table)
+
+
+def _require_histories(config: IngestConfig, raw: RawTables, events: pa.Table) -> None:
+    """Raises ValueError where the events point outside of the histories that the source gives."""
+    if raw.histories is None or raw.histories.schema != HISTORIES:
+        raise ValueError(f"{config.source} events have {HISTORY}; give `histories`, a table of {HISTORIES}")
+    start, end = (events[name].to_numpy() for name in HISTORY)
+    if not ((start >= 0) & (start <= end) & (end <= len(raw.histories))).all():
+        raise ValueError(f"{config.source}: {HISTORY} leave [0, {len(raw.histories)}]; mend the source")
+
+
+def _first(rows: pa.Table) -> dict[str, str]:
+    return {name: str(value) for name, value in rows.slice(0, 1).to_pylist()[0].items() if value is not None}
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float | None:

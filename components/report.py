@@ -17,7 +17,10 @@ from rich.table import Table
 
 from components.artifacts import new_file
 
-STAGES = "ingest validate embed features dataset train@qin train@sdcnv3 evaluate@qin evaluate@sdcnv3 gate package smoke"
+STAGES = (
+    "ingest validate embed features dataset start train@qin train@sdcnv3 evaluate@qin evaluate@sdcnv3 "
+    "gate package smoke"
+)
 
 
 def run(root: Path, output: Path) -> None:

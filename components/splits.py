@@ -1,4 +1,4 @@
-"""Which days train, which validate, which test: whole days, the newest last."""
+"""Which rows train, which validate, which test: whole days, the newest last, unless the source gives the split."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from components.contracts import SPLIT
+
+NAMES = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +35,40 @@ def rows_by_day(events: pa.Table) -> dict[str, int]:
 
 
 class Split(NamedTuple):
-    """First row of the valid days and of the test days, in rows ordered by day; and those two days."""
+    """First row of the valid days and of the test days, in rows ordered by day; and those two days.
+
+    A source may give no test rows: the valid rows are then judged too, and test_start is valid_start.
+    """
 
     valid_start: int
     test_start: int
     valid_day: str
     test_day: str
+
+    def ranges(self, rows: int) -> dict[str, tuple[int, int]]:
+        """train, valid and test as ranges of `rows` rows."""
+        valid_end = self.test_start if self.test_start > self.valid_start else rows
+        bounds = ((0, self.valid_start), (self.valid_start, valid_end), (self.test_start, rows))
+        return dict(zip(NAMES, bounds, strict=True))
+
+
+def split_rows(events: pa.Table, config: SplitConfig) -> Split:
+    """The split of events in time order. Raises ValueError where they cannot be split, or are given out of order."""
+    if SPLIT not in events.column_names:
+        rows = rows_by_day(events)
+        return split_days(list(rows), list(rows.values()), config)
+    rank = pc.index_in(events[SPLIT], value_set=pa.array(NAMES)).fill_null(-1).to_numpy()
+    train, valid, test = (int((rank == i).sum()) for i in range(3))
+    if train + valid + test < len(rank) or not train or not valid:
+        found = sorted(map(str, pc.unique(events[SPLIT]).to_pylist()))
+        raise ValueError(f"split: the source's split column holds {found}; give train, valid and, if there are, test")
+    if (np.diff(rank) < 0).any():
+        raise ValueError(
+            "split: the given split does not follow time, so training would know of later days; leave out the split "
+            "column, or the timestamps: then the split is kept, and histories and popularity are not counted"
+        )
+    starts = (train, train + valid if test else train)
+    return Split(*starts, *(f"{events['timestamp'][row].as_py():%Y-%m-%d}" for row in starts))
 
 
 def split_days(days: Sequence[str], rows: Sequence[int], config: SplitConfig) -> Split:

@@ -1,8 +1,10 @@
 """train: one ranker, Adam, early stopping on the valid days.
 
-The whole dataset lies on the device, and a batch is a gather. Every epoch draws its order and its dropout from
-(seed, epoch), and its state is saved, so a run that was killed goes on from its last epoch and ends in the same bytes.
-The state lies outside of the outputs, under .scratch, and is dropped when the run is done.
+A batch is a gather on the device, where the rows lie as long as they fit; else they stay on the host, and the next
+batch is fetched meanwhile. Every step draws its dropout from (seed, epoch, step), and every epoch its order. A run's
+state is saved after every epoch, and after the step under way when SIGTERM or Ctrl-C asks to stop. So a run that was
+stopped or killed goes on with the same command, and ends in the same bytes. The state lies outside of the outputs,
+under .scratch, and is dropped when the run is done. Under torchrun see `components.parallel`.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import safetensors.torch
@@ -26,23 +33,35 @@ from tqdm import tqdm
 import models
 from components.artifacts import file_hash, new_file, new_folder, write_json
 from components.dataset import Dataset
+from components.parallel import Ranks, local_rank, ranks, with_whole_batch_norms
+from components.warm_start import Start, take_weights
 from models.layers import Ranker
 from models.metrics import auc
 from models.registry import Checkpoint, build, save
+from models.schema import Batch, Logits
 
 SCORE_BATCH = 16_384  # rows scored at once
 SCRATCH = Path(".scratch/train")
+INDUCTOR = Path(".scratch/inductor")
+CHECK_STEPS = 256  # the losses are looked at this often: each look waits for the device
+COIN_TOSS = math.log(2)  # nats: the loss of predicting 1/2 always
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """seed          of initialisation, order and dropout
-    batch_size    rows a step
+    batch_size    rows a step, of all processes together
     max_epochs, patience   epochs at most; epochs without a better valid AUC before stopping
     lr, lr_factor, lr_patience, min_lr   Adam's rate, and its cut after epochs that do not improve
     embedding_l2  coupled L2 on embeddings and the vector projection (Adam's weight decay)
+    network_l2    the same on all other weights
+    ema           0, or the decay a step of a running mean of the weights, which is then what is scored and kept
     clip_norm     gradient norm at most
-    device        auto, cpu, or a CUDA device such as cuda:0
+    device        auto, cpu, or a CUDA device such as cuda:0; torchrun needs auto or cpu
+    precision     fp32 (on CUDA its matrix products are TF32), or bf16: forward and backward under autocast. Weights,
+                  loss and valid scores are fp32 in both
+    compile       train through torch.compile, with CUDA graphs on CUDA; what it compiled is kept in .scratch/inductor
     network       the model's own config, see models/
     """
 
@@ -55,8 +74,12 @@ class TrainConfig:
     lr_patience: int
     min_lr: float
     embedding_l2: float
+    network_l2: float
+    ema: float
     clip_norm: float
     device: str
+    precision: str
+    compile: bool
     network: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -70,18 +93,28 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"lr_factor is {self.lr_factor}; it must be in (0, 1]")
-        for name in ("embedding_l2", "lr_patience"):
+        for name in ("embedding_l2", "network_l2", "lr_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must be in [0, 1), and 0 keeps the last weights")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr is {self.min_lr}; it must be in [0, lr], and lr is {self.lr}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
 
 
 @dataclass
 class Progress:
-    """Where a run stands after an epoch: JSON-able, saved with the tensors."""
+    """Where a run stands: JSON-able, saved with the tensors.
+
+    epoch, step   whole epochs, and steps of the one after them
+    steps         of all epochs
+    """
 
     epoch: int = 0
+    step: int = 0
+    steps: int = 0
     lr: float = 0.0
     best_epoch: int = 0
     best_auc: float = -math.inf
@@ -91,7 +124,7 @@ class Progress:
 
     def note(self, config: TrainConfig, found: dict[str, float]) -> bool:
         """Take an epoch's figures in. Returns whether it is the best so far."""
-        self.epoch += 1
+        self.epoch, self.step = self.epoch + 1, 0
         self.history.append({"epoch": self.epoch, "lr": self.lr, **found})
         better = found["valid_auc"] > self.best_auc
         if better:
@@ -107,11 +140,16 @@ class Progress:
 
 
 def run(
-    config: TrainConfig, model_name: str, dataset: Path, output: Path, metrics: Path, history: Path
+    config: TrainConfig, model_name: str, dataset: Path, weights: Path, output: Path, metrics: Path, history: Path
 ) -> dict[str, Any]:
     """Train and write the checkpoint folder, the figures and the epochs.
 
-    Raises ValueError on an unknown model or network key, a dataset that is not whole, and a loss that is not finite.
+    weights  what training begins from, as `start` writes it
+
+    Raises ValueError on an unknown model or network key, a dataset that is not whole, too little memory, and a run
+    that diverges: its loss is not finite, or in the mean of an epoch more than twice what it was in the epoch before
+    (in the first: at the first step), and than a coin toss. SystemExit (128 + signal) where it was asked to stop and
+    has saved its state.
     """
     data = Dataset.open(dataset)
     valid = data.columns["label"][slice(*data.splits["valid"])]
@@ -120,20 +158,43 @@ def run(
             f"{dataset}: the valid days hold {int(valid.sum())} clicks in {len(valid)} rows, and training watches "
             "their AUC; raise split.valid_share or give more days"
         )
-    device = _device(model_name, config.device)
+    device = _device(model_name, config)
+    begun = Start.read(weights)
     torch.manual_seed(config.seed)
-    model = build(model_name, config.network, data.schema).to(device)
-    start = time.perf_counter()
-    progress, best, steps_seconds = fit(config, model, data.to(device), SCRATCH / model_name, model_name)
-    seconds = time.perf_counter() - start
-    model.load_state_dict(best)
+    model = build(model_name, config.network, data.schema)
     first, last = data.splits["train"]
+    with ranks(device) as here:
+        taken = None
+        if begun.checkpoint is not None:
+            taken = take_weights(model, config.network, data, begun.checkpoint)
+            other = f"cold start: the champion {begun.champion} has another network: {begun.checkpoint.network}"
+            here.say(f"{model_name}: {f'starts from the champion {begun.champion}: {taken}' if taken else other}")
+        clock = time.perf_counter()
+        with _enough_memory(config, model_name, device):
+            state, seconds_a_pass = fit(config, model.to(device), data, begun.sha256, model_name, here)
+        seconds = time.perf_counter() - clock
+    progress = state.progress
+    model.load_state_dict(state.best)
+    found = {
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+        "valid_auc": progress.best_auc,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 2),
+        # Of the training steps alone, over the epochs that this process ran whole.
+        "rows_per_second": round((last - first) / seconds_a_pass) if seconds_a_pass else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "processes": here.size,
+    }
+    if here.rank:
+        return found
     facts = {
         "data_sha256": data.facts["data_sha256"],
         "best_epoch": progress.best_epoch,
         "valid_auc": progress.best_auc,
         "train": {key: value for key, value in asdict(config).items() if key not in ("network", "device")},
         "train_rows": last - first,
+        "warm_start": begun.champion if taken else None,
     }
     with new_folder(output) as folder:
         checkpoint = Checkpoint(
@@ -151,24 +212,20 @@ def run(
         writer = csv.DictWriter(opened, progress.history[0])
         writer.writeheader()
         writer.writerows(progress.history)
-    found = {
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch,
-        "valid_auc": progress.best_auc,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(seconds, 2),
-        # Of the training steps alone, over the epochs that this process ran.
-        "rows_per_second": round((last - first) / steps_seconds) if steps_seconds else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
-    }
     write_json(metrics, found)
     shutil.rmtree(SCRATCH / model_name, ignore_errors=True)
     return found
 
 
-def _device(name: str, wanted: str) -> torch.device:
+def _device(name: str, config: TrainConfig) -> torch.device:
+    wanted, local = config.device, local_rank()
+    if local is not None and (config.compile or wanted not in ("auto", "cpu")):
+        raise ValueError(
+            f"train.{name}.device is {wanted!r} and compile is {config.compile}; under torchrun the first must be "
+            "auto or cpu, and the second false"
+        )
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local or 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)
@@ -177,44 +234,107 @@ def _device(name: str, wanted: str) -> torch.device:
     return device
 
 
-def fit(
-    config: TrainConfig, model: Ranker, data: Dataset, scratch: Path, name: str
-) -> tuple[Progress, dict[str, Tensor], float]:
-    """Epochs until the valid AUC stops rising. Returns progress, the best weights, mean seconds of an epoch's steps."""
-    optimizer = adam(config, model)
-    fingerprint = hashlib.sha256(
-        json.dumps(
-            [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], _code()], sort_keys=True
-        ).encode()
-    ).hexdigest()
-    state = State(scratch, fingerprint)
-    progress, best = state.load(model, optimizer) or (Progress(lr=config.lr), {})
-    if progress.epoch:
-        print(f"{name}: goes on after epoch {progress.epoch}", flush=True)
+@contextmanager
+def _enough_memory(config: TrainConfig, name: str, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ValueError(
+            f"{name}: out of memory on {device}: {str(error).partition(chr(10))[0]}. train.{name}.batch_size is "
+            f"{config.batch_size}; give {max(2, config.batch_size // 2)}, or free the device. The last epoch is kept"
+        ) from error
+
+
+def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str, here: Ranks) -> tuple[State, float]:
+    """Epochs until the valid AUC stops rising. Returns the last state, and mean seconds of an epoch's steps.
+
+    data   on the host; it goes to the model's device, its rows too if they fit
+    start  hash of what the weights were begun from
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    data = data.to(device, stream=not fits(data.row_bytes, device))
+    if here.size > 1:
+        with_whole_batch_norms(model)
+    state = State(SCRATCH / name, _fingerprint(config, data, start, name), model, adam(config, model), config)
+    resumed = state.load()
+    progress = state.progress
+    if resumed:
+        here.say(f"{name}: goes on after epoch {progress.epoch}, step {progress.step}")
+    forward = _compiled(model) if config.compile else model
     seconds: list[float] = []
-    start, end = data.splits["train"]
-    while not progress.done(config):
-        for group in optimizer.param_groups:
-            group["lr"] = progress.lr
-        begun = time.perf_counter()
-        loss = train_epoch(config, model, data, optimizer, progress.epoch, name)
-        seconds.append(time.perf_counter() - begun)
-        score_B, label_B = score(model, data, data.splits["valid"])
-        found = {
-            "train_loss": loss,
-            "valid_auc": auc(label_B, score_B),
-            "valid_logloss": float(nn.functional.binary_cross_entropy_with_logits(score_B, label_B)),
-        }
-        _require_finite(config, name, progress.epoch, found["valid_logloss"])  # the last step may have spoilt it
-        if progress.note(config, found):
-            best = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-        state.save(model, optimizer, progress, best)
-        print(
-            f"{name} epoch {progress.epoch}: loss {loss:.4f}, valid AUC {found['valid_auc']:.4f}, "
-            f"logloss {found['valid_logloss']:.4f}, {(end - start) / seconds[-1]:,.0f} rows/s",
-            flush=True,
-        )
-    return progress, best, sum(seconds) / len(seconds) if seconds else 0.0
+    first, last = data.splits["train"]
+    with _asked_to_stop() as asked:
+
+        def pause() -> None:
+            """Between two pieces of work: end here if any of the processes was asked to."""
+            if signum := here.largest(asked()):
+                _require_finite(config, name, state)
+                if here.rank == 0:
+                    state.save()
+                here.largest(0)  # torchrun ends all processes with the first: the state comes before
+                where = f"epoch {progress.epoch + 1} after step {progress.step}"
+                here.say(f"{name}: stopped by {signal.Signals(signum).name} in {where}; the same command goes on there")
+                raise SystemExit(128 + signum)
+
+        while not progress.done(config):
+            whole, begun = progress.step == 0, time.perf_counter()
+            loss = train_epoch(config, state, forward, data, here, name, pause)
+            if whole:
+                seconds.append(time.perf_counter() - begun)
+            score_B, label_B = score(state.scored, data, data.splits["valid"], here, pause)
+            logloss = float(nn.functional.binary_cross_entropy_with_logits(score_B, label_B))
+            if not math.isfinite(logloss):  # the last step spoilt the weights
+                raise _diverged(config, name, f"the valid logloss is {logloss} after epoch {progress.epoch + 1}")
+            found = {"train_loss": loss, "valid_auc": auc(label_B, score_B), "valid_logloss": logloss}
+            if progress.note(config, found):
+                state.best = {key: value.detach().cpu().clone() for key, value in state.scored.state_dict().items()}
+            if here.rank == 0:
+                state.save()
+            speed = f", {(last - first) / seconds[-1]:,.0f} rows/s" if whole else ""
+            here.say(
+                f"{name} epoch {progress.epoch}: loss {loss:.4f}, valid AUC {found['valid_auc']:.4f}, "
+                f"logloss {logloss:.4f}{speed}"
+            )
+    return state, sum(seconds) / len(seconds) if seconds else 0.0
+
+
+def fits(row_bytes: int, device: torch.device) -> bool:
+    """Whether the rows may lie on the device: in half of what is free, for weights, moments and a step come on top."""
+    return device.type != "cuda" or row_bytes <= torch.cuda.mem_get_info(device)[0] / 2
+
+
+def _compiled(model: Ranker) -> Callable[..., Logits]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(INDUCTOR.resolve())
+    graphs = next(model.parameters()).device.type == "cuda"
+    # A graph would be recorded for every number of distinct items of a batch: what varies runs without one.
+    options: dict[str, Any] = {"triton.cudagraphs": graphs, "triton.cudagraph_skip_dynamic_graphs": True}
+    compiled: Callable[..., Logits] = torch.compile(model, options=options)
+    return compiled
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], int]]:
+    """The first SIGTERM or Ctrl-C is noted while the block lasts: its number, else 0. A second one acts as ever."""
+    noted = 0
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        noted = signum
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: noted
+    finally:
+        restore()
 
 
 def adam(config: TrainConfig, model: Ranker) -> torch.optim.Adam:
@@ -222,103 +342,203 @@ def adam(config: TrainConfig, model: Ranker) -> torch.optim.Adam:
     regularised = model.regularised_parameters()
     ids = {id(p) for p in regularised}
     others = [p for p in model.parameters() if id(p) not in ids]
-    groups = [{"params": regularised, "weight_decay": config.embedding_l2}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": regularised, "weight_decay": config.embedding_l2},
+        {"params": others, "weight_decay": config.network_l2},
+    ]
     return torch.optim.Adam(groups, lr=config.lr, fused=True)
 
 
 def train_epoch(
-    config: TrainConfig, model: Ranker, data: Dataset, optimizer: torch.optim.Adam, epoch: int, name: str
+    config: TrainConfig,
+    state: State,
+    forward: Callable[..., Logits],
+    data: Dataset,
+    here: Ranks,
+    name: str,
+    pause: Callable[[], None],
 ) -> float:
-    """One pass in an order of its own. Returns the mean loss of a row."""
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed} {epoch}".encode()).digest()[:6])
-    torch.manual_seed(seed)
+    """One pass in an order of its own, from the state's step on. Returns the mean loss of a row."""
+    model, optimizer, progress = state.model, state.optimizer, state.progress
+    for group in optimizer.param_groups:
+        group["lr"] = progress.lr
     start, end = data.splits["train"]
-    device = data.click_log.device
-    order = torch.randperm(end - start, generator=torch.Generator().manual_seed(seed)).to(device)
+    order = torch.randperm(end - start, generator=torch.Generator().manual_seed(_seed(config.seed, progress.epoch)))
+    chunks = _chunks((order + start).to(data.columns["item"].device), config.batch_size)
+    if progress.step == 0:
+        state.loss_S = torch.zeros(len(chunks), dtype=torch.float64, device=data.device)
     model.train()
-    total, rows_seen = torch.zeros((), dtype=torch.float64, device=device), 0
-    steps = tqdm(
-        list(_chunks(order, config.batch_size)), f"{name} epoch {epoch + 1}", unit="step", disable=None, leave=False
-    )
-    for rows in steps:
-        batch = data.batch(rows + start)
-        assert batch.label_B is not None
-        loss = model.loss(model(batch, data.catalog, data.click_log), batch.label_B)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        total += loss.detach().double() * len(rows)
-        rows_seen += len(rows)
-    mean = float(total) / rows_seen
-    _require_finite(config, name, epoch, mean)
+    left = chunks[progress.step :]
+    batches = data.batches(chunk[here.share(len(chunk))] for chunk in left)
+    shown = tqdm(
+        zip(left, batches, strict=True), f"{name} epoch {progress.epoch + 1}", len(chunks), unit="step", leave=False,
+        initial=progress.step, disable=True if here.rank else None,
+    )  # fmt: skip
+    for chunk, batch in shown:
+        torch.manual_seed(_seed(config.seed, progress.epoch, progress.step, here.rank))
+        loss = train_step(config, state, forward, data, batch, here, len(chunk))
+        state.loss_S[progress.step] = loss * len(chunk)
+        progress.step += 1
+        if progress.step % CHECK_STEPS == 0:
+            _require_finite(config, name, state)
+        pause()
+    _require_finite(config, name, state)
+    mean = float(state.loss_S.sum()) / sum(len(chunk) for chunk in chunks)
+    before = progress.history[-1]["train_loss"] if progress.history else float(state.loss_S[0]) / len(chunks[0])
+    if mean > 2 * max(before, COIN_TOSS):
+        where = f"epoch {progress.epoch + 1}, after {before:.3g}"
+        raise _diverged(config, name, f"the mean training loss is {mean:.3g} in {where}")
     return mean
 
 
-def _require_finite(config: TrainConfig, name: str, epoch: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"{name}: the loss is {loss} in epoch {epoch + 1}; the epoch before it is kept. "
-            f"Lower train.{name}.lr ({config.lr}) or clip_norm ({config.clip_norm})"
-        )
+def train_step(
+    config: TrainConfig,
+    state: State,
+    forward: Callable[..., Logits],
+    data: Dataset,
+    batch: Batch,
+    here: Ranks,
+    rows: int,
+) -> Tensor:
+    """One step on a batch of `rows` rows, of which `batch` holds the rank's. Returns the loss of all, float64."""
+    assert batch.label_B is not None
+    with torch.autocast(data.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = forward(batch, data.catalog, data.click_log)
+    logits = Logits(logits.logit_B.float(), tuple(part_B.float() for part_B in logits.parts_B))
+    loss = state.model.loss(*here.gather(logits, batch.label_B, rows))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    here.sum_gradients(state.model)
+    nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+    state.optimizer.step()
+    state.progress.steps += 1
+    state.follow(config.ema)
+    return loss.detach().double()
+
+
+def _seed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:6])
+
+
+def _require_finite(config: TrainConfig, name: str, state: State) -> None:
+    """The losses of the epoch under way."""
+    finite = state.loss_S[: state.progress.step].isfinite()
+    if not finite.all():
+        step = int(finite.logical_not().nonzero()[0])
+        where = f"epoch {state.progress.epoch + 1}, step {step + 1}"
+        raise _diverged(config, name, f"the loss is {float(state.loss_S[step])} in {where}")
+
+
+def _diverged(config: TrainConfig, name: str, what: str) -> ValueError:
+    return ValueError(
+        f"{name}: {what}; the state before it is kept. "
+        f"Lower train.{name}.lr ({config.lr}) or clip_norm ({config.clip_norm})"
+    )
 
 
 @torch.inference_mode()
-def score(model: Ranker, data: Dataset, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Logits and labels, float32, of a range of rows."""
+def score(
+    model: Ranker,
+    data: Dataset,
+    rows: tuple[int, int],
+    here: Ranks | None = None,
+    pause: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels, float32, of a range of rows: each rank scores its share, and all have the whole."""
+    here = here or Ranks()
     model.eval()
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    for start in range(rows[0], rows[1], SCORE_BATCH):
-        batch = data.batch(slice(start, min(start + SCORE_BATCH, rows[1])))
-        logits.append(model(batch, data.catalog, data.click_log).logit_B.float())
+    pieces = [(start, min(start + SCORE_BATCH * here.size, rows[1])) for start in range(*rows, SCORE_BATCH * here.size)]
+    shares = [(start, here.share(end - start)) for start, end in pieces]
+    batches = data.batches(slice(start + own.start, start + own.stop) for start, own in shares)
+    found: list[Tensor] = []
+    for (start, end), batch in zip(pieces, batches, strict=True):
+        logit_B = model(batch, data.catalog, data.click_log).logit_B.float()
         assert batch.label_B is not None
-        labels.append(batch.label_B)
-    return torch.cat(logits), torch.cat(labels)
+        found.append(here.whole(torch.stack((logit_B, batch.label_B)), end - start))
+        if pause is not None:
+            pause()
+    logit_B, label_B = torch.cat(found, 1)
+    return logit_B, label_B
 
 
-def _chunks(order: Tensor, size: int) -> Iterator[Tensor]:
+def _chunks(order: Tensor, size: int) -> list[Tensor]:
     """Batches of an order; a last one of a single row is left out, for BatchNorm has no variance of it."""
-    return (chunk for chunk in order.split(size) if len(chunk) > 1)
+    return [chunk for chunk in order.split(size) if len(chunk) > 1]
 
 
-def _code() -> list[str]:
-    """Hashes of what computes an epoch: weights that other code trained are no start for this one."""
-    files = [Path(__file__), *sorted(Path(models.__file__ or "").parent.glob("*.py"))]
-    return [torch.__version__, *(file_hash(file) for file in files)]
+def _fingerprint(config: TrainConfig, data: Dataset, start: str, name: str) -> str:
+    """Of all that a run's weights follow from: the state of another run is no state of this one."""
+    code = [Path(__file__), *(Path(__file__).with_name(f"{part}.py") for part in ("parallel", "warm_start"))]
+    code += sorted(Path(models.__file__ or "").parent.glob("*.py"))
+    parts = [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], start, torch.__version__]
+    return hashlib.sha256(json.dumps([*parts, *map(file_hash, code)], sort_keys=True).encode()).hexdigest()
 
 
 class State:
-    """A run's state on disk: state.safetensors with weights, best weights and Adam's moments, and its JSON header."""
+    """All that a run goes on from. On disk: state.safetensors with weights, best weights, Adam's moments and the losses
+    of the epoch under way; progress in its JSON header.
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    loss_S  float64: of each step of that epoch, the sum over its rows
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, model: Ranker, optimizer: torch.optim.Adam, config: TrainConfig
+    ) -> None:
         self.file = folder / "state.safetensors"
         self.fingerprint = fingerprint
+        self.model, self.optimizer, self.progress = model, optimizer, Progress(lr=config.lr)
+        self.mean = deepcopy(model).requires_grad_(False) if config.ema else None
+        self.best: dict[str, Tensor] = {}
+        self.loss_S = torch.zeros(0, dtype=torch.float64)
 
-    def save(self, model: Ranker, optimizer: torch.optim.Adam, progress: Progress, best: dict[str, Tensor]) -> None:
-        tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"best.{k}": v for k, v in best.items()}
-        for i, moments in optimizer.state_dict()["state"].items():
+    @property
+    def scored(self) -> Ranker:
+        """The model that is judged and kept."""
+        return self.model if self.mean is None else self.mean
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the running mean after a step, with a shorter memory at first: else it would hold on to the start."""
+        if self.mean is None:
+            return
+        share = 1 - min(decay, (1 + self.progress.steps) / (10 + self.progress.steps))
+        torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()), share)
+        for mean, now in zip(self.mean.buffers(), self.model.buffers(), strict=True):
+            mean.copy_(now)
+
+    def save(self) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {"losses": self.loss_S}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        if self.mean is not None:
+            tensors |= {f"mean.{k}": v for k, v in self.mean.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
-        header = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(progress))}
+        header = {"fingerprint": self.fingerprint, "progress": json.dumps(asdict(self.progress))}
         with new_file(self.file) as scratch:
             safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, scratch, header)
 
-    def load(self, model: Ranker, optimizer: torch.optim.Adam) -> tuple[Progress, dict[str, Tensor]] | None:
-        """None where there is no state, or it is of another config, dataset or code."""
+    def load(self) -> bool:
+        """False where there is no state, or it is of another config, dataset, start or code."""
         if not self.file.is_file():
-            return None
+            return False
         with safetensors.safe_open(self.file, framework="pt") as opened:
             header = opened.metadata()
             if header["fingerprint"] != self.fingerprint:
-                return None
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
-        model.load_state_dict(_under(tensors, "model."))
-        state: dict[int, dict[str, Tensor]] = {}
+                return False
+            # clones: else they would lie in the file, which the next save replaces
+            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118 - no mapping
+        self.model.load_state_dict(_under(tensors, "model."))
+        if self.mean is not None:
+            self.mean.load_state_dict(_under(tensors, "mean."))
+        moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _under(tensors, "adam.").items():
             index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return Progress(**json.loads(header["progress"])), _under(tensors, "best.")
+            moments.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.progress = Progress(**json.loads(header["progress"]))
+        self.best = _under(tensors, "best.")
+        self.loss_S = tensors["losses"].to(next(self.model.parameters()).device)
+        return True
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

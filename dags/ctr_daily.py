@@ -37,6 +37,7 @@ Yesterday's clicks in, a served model out, with proof at every step.
 | `ingest` | raw files of the source to canonical events | red |
 | `validate` | judges the data's contract | red, no retry: broken data stay broken |
 | `embed`, `features`, `dataset` | item vectors, feature store, training arrays | red |
+| `start` | the champion's weights, for the models with a warm start | red |
 | `train_…` | one task a model, in the pool `gpu`; a retry resumes where it was killed | red |
 | `evaluate_…` | test days, whole and by slice, beside the champion | red |
 | `gate` | rules and champion: may a model ship? | a rejection is a verdict, not a failure |
@@ -106,13 +107,15 @@ def ctr_daily() -> None:
         "retry_delay": timedelta(minutes=5),  # a device that another process fills may be free by then
         "execution_timeout": timedelta(hours=12),
     }
+    trained = [stage("train@qin", **training), stage("train@sdcnv3", **training)]
+    stage("start") >> trained
     chain(
         stage("ingest"),
         stage("validate", retries=0),
         stage("embed"),
         stage("features"),
         stage("dataset"),
-        [stage("train@qin", **training), stage("train@sdcnv3", **training)],
+        trained,
         [stage("evaluate@qin"), stage("evaluate@sdcnv3")],
         stage("gate"),
         approved(),

@@ -108,7 +108,7 @@ def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
     is known only when they are computed, and a GPU would have to stop for it: there, all of the catalog or, where
     the batch has fewer rows, those of the batch as they are.
     """
-    if rows_N.device.type != "cpu":
+    if rows_N.device.type != "cpu" or torch.compiler.is_compiling():
         if rows_N.numel() < catalog_size:
             return rows_N, torch.arange(rows_N.numel(), device=rows_N.device)
         return torch.arange(catalog_size, device=rows_N.device), rows_N
@@ -123,7 +123,7 @@ def keep_mask(x: Tensor, rate: float) -> Tensor:
     On a CPU `rate` is rounded to 1/32768 and four entries share one 64-bit random number: torch's own dropout draws
     one number an entry and is the slowest step of a network there.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate)
     dropped = round(rate * 2**15)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)

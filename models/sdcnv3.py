@@ -83,7 +83,7 @@ class HeadNorm(nn.BatchNorm1d):
     """Batch normalisation of [B, H, K] by head; torch's own takes four times as long where heads are few."""
 
     def forward(self, x_BHK: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or torch.compiler.is_compiling():
             return super().forward(x_BHK)
         normal_BHK, mean_H, var_H = HeadNormStep.apply(x_BHK, self.weight, self.bias, self.eps)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
@@ -126,11 +126,31 @@ def sum_by_head(a_BHK: Tensor, b_BHK: Tensor) -> Tensor:
     return (a_BHK * b_BHK).sum((0, 2))
 
 
-class CrossStep(torch.autograd.Function):
+def cross_step(
+    c_BHK: Tensor,
+    x_BHD: Tensor,
+    first_BHD: Tensor | None,
+    bias_D: Tensor,
+    weight_K: Tensor | None,
+    shift_K: Tensor | None,
+    eps: float,
+    keep_BHD: Tensor | None,
+) -> Tensor:
     """x ← keep ⊙ (y ⊙ g + x), g = [c ‖ c ⊙ ReLU(LayerNorm c)] + b;  y is x_1, or x where `first` is None.
 
-    Forward and gradient by hand, because a step is bound by memory, and autograd's own would pass over the
-    [B, H, D] tensors twice as often. `weight`, `shift` are the LayerNorm's, or None; `keep` is a dropout mask or None.
+    `weight`, `shift` are the LayerNorm's, or None; `keep` is a dropout mask or None.
+    """
+    normal_BHK = c_BHK if weight_K is None else F.layer_norm(c_BHK, c_BHK.shape[-1:], weight_K, shift_K, eps)
+    gate_BHD = torch.cat((c_BHK, c_BHK * normal_BHK.relu()), -1) + bias_D
+    out_BHD = torch.addcmul(x_BHD, x_BHD if first_BHD is None else first_BHD, gate_BHD)
+    return out_BHD if keep_BHD is None else out_BHD * keep_BHD
+
+
+class CrossStep(torch.autograd.Function):
+    """`cross_step` with its gradient by hand, for eager mode.
+
+    A step is bound by memory, and autograd's own passes over the [B, H, D] tensors twice as often. torch.compile
+    fuses the plain form.
     """
 
     @staticmethod
@@ -154,9 +174,7 @@ class CrossStep(torch.autograd.Function):
             mask_BHK.relu_()
         # x ⊙ g + x = x ⊙ (g + 1)
         linear_K, masked_K = (bias_D + 1 if first_BHD is None else bias_D).split(width)
-        gate_BHD = torch.empty_like(x_BHD)
-        torch.add(c_BHK, linear_K, out=gate_BHD[..., :width])
-        torch.addcmul(masked_K, c_BHK, mask_BHK, out=gate_BHD[..., width:])
+        gate_BHD = torch.cat((c_BHK + linear_K, torch.addcmul(masked_K, c_BHK, mask_BHK)), -1)
         out_BHD = x_BHD * gate_BHD if first_BHD is None else torch.addcmul(x_BHD, first_BHD, gate_BHD)
         if keep_BHD is not None:
             out_BHD *= keep_BHD
@@ -199,9 +217,11 @@ class CrossLayer(nn.Module):
         self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, keep_BHD: Tensor | None
     ) -> Tensor:
         """The next x_BHD."""
-        norm = (None, None, 0.0) if self.layer_norm is None else (*self.layer_norm.parameters(), self.layer_norm.eps)
+        norm = self.layer_norm
+        weight_K, shift_K, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
         c_BHK = self.batch_norm(projected_BHK.to(x_BHD.dtype))  # autocast gives projections in bfloat16
-        return CrossStep.apply(c_BHK, x_BHD, first_BHD, self.bias, *norm, keep_BHD)
+        step = cross_step if torch.compiler.is_compiling() else CrossStep.apply
+        return step(c_BHK, x_BHD, first_BHD, self.bias, weight_K, shift_K, eps, keep_BHD)
 
 
 class CrossTower(nn.Module):

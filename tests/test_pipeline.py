@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STAGES = {
-    "ingest", "validate", "embed", "features", "dataset", "train@qin", "train@sdcnv3", "evaluate@qin",
+    "ingest", "validate", "embed", "features", "dataset", "start", "train@qin", "train@sdcnv3", "evaluate@qin",
     "evaluate@sdcnv3", "gate", "package", "smoke",
 }  # fmt: skip
 JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
@@ -282,6 +282,7 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
         "checkpoint_sha256": first["checkpoint_sha256"], "bento": tag,
     }  # fmt: skip
     commit(project, "v0.0.1 is the champion")
+    assert ran(dvc(project, "repro", "train@qin", "train@sdcnv3")) == {"start"}  # a promotion alone trains nothing
 
     # An edit of one model's rate runs that model, both evaluations (there is a champion now), and what follows.
     old = pq.read_table(project.root / f"artifacts/evaluate/{chosen}/predictions.parquet")["score"].to_numpy()
@@ -320,6 +321,20 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
     assert git(project, "rev-parse", "ctr-ranker#champion#3^{commit}") == git(
         project, "rev-parse", "ctr-ranker@v0.0.1^{commit}"
     )
+
+
+def test_a_warm_start_goes_on_from_the_champion_that_dvc_brings_back(project) -> None:
+    model = read(project, "champion.json")["model"]
+    other = ({"qin", "sdcnv3"} - {model}).pop()
+    dvc(project, "repro", "start")
+    with changed(project, {f"start.warm.{model}": True}):
+        said = dvc(project, "repro", f"train@{model}", f"train@{other}")
+        assert ran(said) == {"start", f"train@{model}"}
+        assert f"{model}: starts from the champion v0.0.1: 0 of " in said
+        facts = read(project, f"checkpoints/{model}/config.json")["facts"]
+        assert facts["warm_start"] == "v0.0.1"
+        assert ran(dvc(project, "repro", f"train@{model}")) == set()
+    assert read(project, f"checkpoints/{model}/config.json")["facts"]["warm_start"] is None
 
 
 def test_other_bytes_than_the_champions_are_refused(project, monkeypatch, tmp_path) -> None:

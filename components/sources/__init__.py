@@ -8,10 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from components.artifacts import new_file
 from components.config import section
+from components.contracts import UTC
 
 if TYPE_CHECKING:
     from components.ingest import IngestConfig
@@ -20,6 +22,8 @@ SIMULATOR_RAW = "components/sources/simulator.py"  # it has no files: its code i
 SOURCES = {
     "simulator": "components.sources.simulator",
     "movielens": "components.sources.movielens",
+    "microlens": "components.sources.microlens",
+    "files": "components.sources.files",
 }
 
 
@@ -28,6 +32,9 @@ class RawTables:
     """What an adapter gives back; `ingest` checks it against the contract and writes it.
 
     modalities  name -> (item_id, vector); an item without a vector has no row
+    histories   the item ids that the events' history_start and history_end point at, where the source gives them
+    rejected    reason -> raw rows that are broken and are in no other table
+    set_aside   reason -> raw rows that are whole, and left out all the same
     facts       what the source says of itself, JSON-able
     """
 
@@ -35,6 +42,9 @@ class RawTables:
     users: pa.Table
     items: pa.Table
     modalities: dict[str, pa.Table]
+    histories: pa.Table | None = None
+    rejected: dict[str, pa.Table] = field(default_factory=dict)
+    set_aside: dict[str, pa.Table] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +53,15 @@ def read(config: IngestConfig) -> RawTables:
     check(config.source, config.raw)
     adapter: Callable[[IngestConfig], RawTables] = import_module(SOURCES[config.source]).read
     return adapter(config)
+
+
+def timeless(rows: int) -> pa.Array:
+    """Timestamps for rows that have an order and no times: one a second from 2000-01-01, in days of equal size."""
+    row = np.arange(rows)
+    days = max(1, -(-rows // 86_400))
+    day = row * days // max(rows, 1)
+    second = row - np.searchsorted(day, day)
+    return pa.array(((10_957 + day) * 86_400 + second) * 1_000_000).cast(UTC)
 
 
 def use(source: str, raw: str | None, params: Path) -> None:
@@ -76,5 +95,5 @@ def check(source: str, raw: str) -> None:
     """Raises ValueError on an unknown source or a raw path that is absent."""
     if source not in SOURCES:
         raise ValueError(f"ingest.source: unknown source {source!r}; known are {', '.join(sorted(SOURCES))}")
-    if not Path(raw).exists():
+    if not (source == "files" and "://" in raw) and not Path(raw).exists():
         raise ValueError(f"ingest.raw: {raw!r} is not there; name the path of the {source} files")

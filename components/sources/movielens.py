@@ -33,7 +33,8 @@ def read(config: IngestConfig) -> RawTables:
     """Events, users (gender, age, occupation), items (decade; genres as tags), text and image."""
     raw = Path(config.raw)
     ratings = _table(raw, "ratings.dat", ["user_id", "item_id", "rating", "seconds"], pa.int64())
-    kept = ratings.filter(pc.not_equal(ratings["rating"], NEUTRAL_RATING))
+    neutral = pc.equal(ratings["rating"], NEUTRAL_RATING)
+    kept, aside = ratings.filter(pc.invert(neutral)), ratings.filter(neutral)
     events = pa.table(
         {
             "user_id": kept["user_id"],
@@ -77,7 +78,7 @@ def read(config: IngestConfig) -> RawTables:
         ).filter(pc.is_in(users["user_id"].cast(pa.int64()), value_set=pc.unique(events["user_id"]))),
         items=items.sort_by("item_id"),
         modalities={"image": read_parquet(images)} if images.is_file() else {},
-        facts={"raw_ratings": len(ratings), "dropped_neutral_ratings": len(ratings) - len(kept)},
+        set_aside={f"rating of {NEUTRAL_RATING}": aside},
     )
 
 

@@ -21,11 +21,12 @@ CANDIDATES, SQUARE = 512, 2048
 
 
 def main() -> None:
-    schema, catalog, clicks_C, batch = microlens(CANDIDATES)
+    data = microlens(CANDIDATES)
+    schema, catalog, batch = data.schema, data.catalog, data.batch(slice(0, CANDIDATES))
     config = QINConfig()
     model = QIN(config, schema).eval()
     state, ranking = model.state_dict(), model.ranking(catalog)
-    hist_1L = history_rows(clicks_C, batch.start_B[:1], batch.end_B[:1], schema.history_length)
+    hist_1L = history_rows(data.click_log, batch.start_B[:1], batch.end_B[:1], schema.history_length)
     a, b = torch.randn(2, SQUARE, SQUARE)
 
     def rank() -> torch.Tensor:

@@ -15,9 +15,8 @@ import torch  # noqa: E402 - one thread first
 from published import qin as published_qin  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
-from worlds import microlens  # noqa: E402
+from worlds import Training, microlens, native_bf16  # noqa: E402
 
-from components.train import adam  # noqa: E402
 from models.qin import QIN, QINConfig  # noqa: E402
 from models.schema import history_rows  # noqa: E402
 
@@ -25,35 +24,29 @@ BATCH, LR, L2, CLIP = 512, 2e-3, 2e-4, 10.0
 
 
 def main() -> None:
-    schema, catalog, clicks_C, batch = microlens(BATCH)
-    config = QINConfig()
-    assert batch.label_B is not None
-    label_B = batch.label_B
-    own, peer = QIN(config, schema), QIN(config, schema)
-    own_adam, peer_adam = adam(own, LR, L2), torch.optim.Adam(peer.parameters(), LR)
+    data = microlens(BATCH)
+    changes = {"lr": LR, "embedding_l2": L2, "clip_norm": CLIP, "device": "cpu"}
+    fast = Training("qin/microlens", data, precision="bf16" if native_bf16() else "fp32", **changes)
+    plain = Training("qin/microlens", data, precision="fp32", **changes)
+    config, peer = QINConfig(), QIN(QINConfig(), data.schema)
+    optimizer = torch.optim.Adam(peer.parameters(), LR)
     state = dict(peer.named_parameters()) | dict(peer.named_buffers())
-    hist_BL = history_rows(clicks_C, batch.start_B, batch.end_B, schema.history_length)
-
-    def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-
-    def step(bf16: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = own.loss(own(batch, catalog, clicks_C), label_B)
-        update(own, own_adam, loss)
+    batch = data.batch(slice(0, BATCH))
+    hist_BL = history_rows(data.click_log, batch.start_B, batch.end_B, data.schema.history_length)
 
     def published_step() -> None:
-        logit_B = published_qin(state, config, schema, batch, catalog, hist_BL, training=True)
+        logit_B = published_qin(state, config, data.schema, batch, data.catalog, hist_BL, training=True)
         penalty = sum((table**2).sum() for table in peer.regularised_parameters())
-        update(peer, peer_adam, F.binary_cross_entropy_with_logits(logit_B, label_B) + L2 / 2 * penalty)
+        loss = F.binary_cross_entropy_with_logits(logit_B, batch.label_B) + L2 / 2 * penalty
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(peer.parameters(), CLIP)
+        optimizer.step()
 
-    native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    fast, plain, peer_seconds = seconds(lambda: step(native_bf16), lambda: step(False), published_step)
-    report("qin_train_cpu", BATCH / fast, "rows/s", "published form", BATCH / peer_seconds)
-    report("qin_train_cpu_fp32", BATCH / plain, "rows/s", "published form", BATCH / peer_seconds)
+    rows = slice(0, BATCH)
+    own, own_fp32, other = seconds(lambda: fast.step(rows), lambda: plain.step(rows), published_step)
+    report("qin_train_cpu", BATCH / own, "rows/s", "published form", BATCH / other)
+    report("qin_train_cpu_fp32", BATCH / own_fp32, "rows/s", "published form", BATCH / other)
 
 
 if __name__ == "__main__":

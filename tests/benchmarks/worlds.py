@@ -1,20 +1,60 @@
-"""Random data of the published shapes: what a step costs depends on shapes and popularity, not on what was clicked."""
+"""Random datasets of the published shapes, and the project's own training steps on them.
+
+What a step costs depends on shapes and popularity, not on what was clicked.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
+from harness import ROOT
 from torch import Tensor
 
-from models.schema import SPECIAL, Batch, Catalog, Feature, Schema
+from components.config import load
+from components.dataset import Dataset
+from components.parallel import Ranks
+from components.train import State, TrainConfig, _compiled, adam, train_step
+from models.registry import PRESETS, build
+from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema
 
+# MicroLens_1M_x1 as the published run of QIN reads it
 ITEMS, TAGS, TAGS_OF_AN_ITEM, VECTOR, HISTORY = 91_718, 11_740, 5, 128, 64
-# Vocabularies of the authors' log of SDCNv3 on MovieLens-1M, and of the Criteo fields at FuxiCTR's min count of 10.
+# Vocabularies of the authors' log of SDCNv3 on MovieLens-1M
 ML_1M = {"UserID": 6042, "Gender": 4, "Age": 9, "Occupation": 23}
 ML_1M_ITEMS = {"MovieID": 3643, "Release": 10}
+# 39 fields of some 910,000 values in all, as Criteo's at a minimum count of 10: 13 of 50 values, 26 up to 300,000
+CRITEO = [50] * 13 + [int(300_000 * 0.7**i) + 10 for i in range(26)]
 
 
-def microlens(rows: int, history: int = HISTORY, clicks: int = 1_000_000) -> tuple[Schema, Catalog, Tensor, Batch]:
-    """MicroLens_1M_x1 as QIN's published run reads it; histories are full."""
+class Training:
+    """A model of a preset in training on a dataset; `step` is the trainer's."""
+
+    def __init__(self, preset: str, data: Dataset, **changes: Any) -> None:
+        family = preset.split("/")[0]
+        network = PRESETS[preset]
+        config = replace(load(ROOT / "params.yaml", f"train.{family}", TrainConfig), network=network, **changes)
+        torch.manual_seed(7)
+        self.config, self.data = config, data
+        self.model = build(family, network, data.schema).to(data.device).train()
+        self.state = State(Path(), "", self.model, adam(config, self.model), config)
+        self.forward = _compiled(self.model) if config.compile else self.model
+
+    def step(self, rows: Tensor | slice) -> Tensor:
+        """The batch is gathered, as in an epoch. Returns its loss."""
+        batch = self.data.batch(rows)
+        return train_step(self.config, self.state, self.forward, self.data, batch, Ranks(), len(batch.item_B))
+
+
+def native_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def microlens(rows: int, history: int = HISTORY, clicks: int = 1_000_000) -> Dataset:
+    """All histories are full."""
     rng = torch.Generator().manual_seed(7)
     schema = Schema(
         features=(
@@ -32,20 +72,17 @@ def microlens(rows: int, history: int = HISTORY, clicks: int = 1_000_000) -> tup
     catalog = Catalog(
         torch.arange(ITEMS) - SPECIAL, torch.arange(ITEMS)[:, None].int(), {"item_tags": tags_IT.short()}, vector_IE
     )
-    item = popular(clicks + rows, ITEMS, rng)
-    end_B = torch.randint(history, clicks, (rows,), generator=rng)
-    batch = Batch(
-        torch.randint(1, 11, (rows, 2), generator=rng),
-        item[clicks:],
-        end_B - history,
-        end_B,
-        torch.randint(2, (rows,), generator=rng).float(),
-    )
-    return schema, catalog, item[:clicks].int(), batch
+    columns = {
+        "end": torch.randint(history, clicks, (rows,), generator=rng).int(),
+        "length": torch.full((rows,), history, dtype=torch.uint8),
+        "item": popular(rows, ITEMS, rng).int(),
+        "click_log": popular(clicks, ITEMS, rng).int(),
+    }
+    return _dataset(schema, catalog, columns, rows, rng)
 
 
-def ml_1m(rows: int) -> tuple[Schema, Catalog, Tensor, Batch]:
-    """MovieLens-1M as SDCNv3's published run reads it: seven fields, no history."""
+def ml_1m(rows: int) -> Dataset:
+    """MovieLens-1M as the published run of SDCNv3 reads it: seven fields, no history."""
     rng = torch.Generator().manual_seed(7)
     genres = Feature(name="Genres", owner="item", kind="multi", size=20, length=5)
     schema = Schema(
@@ -57,20 +94,20 @@ def ml_1m(rows: int) -> tuple[Schema, Catalog, Tensor, Batch]:
         history_length=0,
     )
     movies = ML_1M_ITEMS["MovieID"]
-    columns = [torch.arange(movies), torch.randint(1, ML_1M_ITEMS["Release"], (movies,), generator=rng)]
+    fields = [torch.arange(movies), torch.randint(1, ML_1M_ITEMS["Release"], (movies,), generator=rng)]
     genres_IT = torch.randint(0, genres.size, (movies, genres.length), generator=rng)
-    catalog = Catalog(
-        torch.arange(movies) - SPECIAL, torch.stack(columns, 1).int(), {"Genres": genres_IT.short()}, None
-    )
-    nothing = torch.zeros(rows, dtype=torch.int64)
-    batch = Batch(
-        torch.stack([torch.randint(1, size, (rows,), generator=rng) for size in ML_1M.values()], 1),
-        popular(rows, movies, rng),
-        nothing,
-        nothing,
-        torch.randint(2, (rows,), generator=rng).float(),
-    )
-    return schema, catalog, nothing[:0].int(), batch
+    catalog = Catalog(torch.arange(movies) - SPECIAL, torch.stack(fields, 1).int(), {"Genres": genres_IT.short()}, None)
+    return _dataset(schema, catalog, {"item": popular(rows, movies, rng).short()}, rows, rng)
+
+
+def criteo(rows: int) -> Dataset:
+    """Criteo's 39 fields, all of the impression; no items, no history."""
+    rng = torch.Generator().manual_seed(7)
+    fields = (Feature(name=f"C{i}", owner="impression", kind="categorical", size=size) for i, size in enumerate(CRITEO))
+    nothing = torch.full((SPECIAL,), torch.iinfo(torch.int64).min)
+    catalog = Catalog(nothing, torch.zeros(SPECIAL, 0, dtype=torch.int32), {}, None)
+    columns = {"item": torch.ones(rows, dtype=torch.uint8)}
+    return _dataset(Schema(features=tuple(fields), history_length=0), catalog, columns, rows, rng)
 
 
 def popular(count: int, items: int, rng: torch.Generator) -> Tensor:
@@ -78,3 +115,12 @@ def popular(count: int, items: int, rng: torch.Generator) -> Tensor:
     mass = torch.arange(1, items, dtype=torch.float64).pow(-0.8).cumsum(0)
     drawn = torch.searchsorted(mass, torch.rand(count, generator=rng, dtype=torch.float64) * mass[-1])
     return 1 + torch.randperm(items - 1, generator=rng)[drawn.clamp(max=items - 2)]
+
+
+def _dataset(schema: Schema, catalog: Catalog, columns: dict[str, Tensor], rows: int, rng: torch.Generator) -> Dataset:
+    nothing = {name: torch.zeros(rows, dtype=torch.uint8) for name in ("end", "length")}
+    fields = {f"field.{f.name}": popular(rows, f.size, rng).int() for f in schema.impression_fields}
+    label = {"label": torch.randint(2, (rows,), generator=rng).to(torch.uint8)}
+    log = {"click_log": torch.zeros(0, dtype=torch.int32)}
+    facts = {"splits": {"train": (0, rows)}}
+    return Dataset(Encoder(schema, {}), catalog, nothing | fields | label | log | columns, facts)

@@ -190,3 +190,10 @@ def encoder_over() -> Callable[..., tuple[Encoder, Catalog]]:
 @pytest.fixture(scope="session")
 def networks() -> dict[str, dict[str, Any]]:
     return NETWORKS
+
+
+@pytest.fixture(scope="session")
+def dropless() -> dict[str, dict[str, Any]]:
+    """The networks without dropout: what they learn hangs on no mask."""
+    rates = {"qin": ("dropout",), "sdcnv3": ("deep_dropout", "shallow_dropout")}
+    return {model: network | dict.fromkeys(rates[model], 0.0) for model, network in NETWORKS.items()}

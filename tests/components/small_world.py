@@ -13,17 +13,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from components import embed, ingest, sources, validate
 from components.artifacts import folder_hash, write_json
 from components.contracts import UTC as TIMESTAMP
+from components.dataset import Dataset
 from components.embed import EmbedConfig
 from components.features import FeaturesConfig
 from components.ingest import IngestConfig
 from components.sources import SIMULATOR_RAW, RawTables
+from components.sources.files import FilesConfig, TableConfig
 from components.sources.simulator import SimulatorConfig
 from components.splits import SplitConfig
 from components.validate import ValidateConfig
+from models.metrics import auc
+from models.registry import build
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -57,8 +62,17 @@ VALIDATE = ValidateConfig(
 )
 
 
-def ingest_config(source: str = "simulator", raw: str | None = None, until: str | None = UNTIL) -> IngestConfig:
-    return IngestConfig(source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, simulator=SIMULATOR)
+NO_TABLE = TableConfig(path=None, columns={}, categorical=[], numeric=[])
+NO_FILES = FilesConfig(events=NO_TABLE, users=NO_TABLE, items=NO_TABLE, vectors={}, separator="|")
+
+
+def ingest_config(
+    source: str = "simulator", raw: str | None = None, until: str | None = UNTIL, files: FilesConfig = NO_FILES
+) -> IngestConfig:
+    return IngestConfig(
+        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, simulator=SIMULATOR,
+        files=files,
+    )  # fmt: skip
 
 
 def ingest_simulator(output: Path) -> Path:
@@ -81,6 +95,26 @@ def validated(canonical: Path) -> Path:
     report = canonical.with_name(f"{canonical.name}-report.json")
     validate.run(VALIDATE, canonical, report, canonical.with_name(f"{canonical.name}-docs"))
     return report
+
+
+def learn(model: str, network: dict[str, Any], data: Dataset, epochs: int = 12) -> float:
+    """The valid AUC of a small model after a few epochs of the training rows."""
+    torch.manual_seed(0)
+    ranker = build(model, network, data.schema)
+    optimiser = torch.optim.Adam(ranker.parameters(), 0.02)
+    (_, stop), (start, end) = data.splits["train"], data.splits["valid"]
+    for _ in range(epochs):
+        for rows in torch.randperm(stop).split(128):
+            batch = data.batch(rows)
+            assert batch.label_B is not None
+            optimiser.zero_grad()
+            ranker.loss(ranker(batch, data.catalog, data.click_log), batch.label_B).backward()
+            optimiser.step()
+    ranker.eval()
+    batch = data.batch(slice(start, end))
+    assert batch.label_B is not None
+    with torch.no_grad():
+        return auc(batch.label_B, ranker(batch, data.catalog, data.click_log).logit_B)
 
 
 def with_column(table: pa.Table, name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
@@ -172,15 +206,20 @@ class Folders:
     repo = property(lambda self: self.root / "feature_repo")
 
 
-def prepare(raw: RawTables, root: Path) -> Folders:
-    """Ingested, embedded, with a Feast repo. The report is the one that validate writes of data that passed."""
-    folders = Folders(root)
+def new_repo(folders: Folders) -> None:
+    """A copy of the project's Feast repo."""
     folders.repo.mkdir(parents=True)
     for name in ("definitions.py", "feature_store.yaml"):
         shutil.copy(PROJECT / "feature_repo" / name, folders.repo / name)
+
+
+def prepare(raw: RawTables, root: Path) -> Folders:
+    """Ingested, embedded, with a Feast repo. The report is the one that validate writes of data that passed."""
+    folders = Folders(root)
+    new_repo(folders)
     ingest_tables(raw, folders.canonical)
     write_json(folders.report, {"passed": True, "canonical_sha256": folder_hash(folders.canonical)})
-    config = EmbedConfig(dim=3, text_features=10, text_dim=3, seed=1)
+    config = EmbedConfig(dim=3, text_features=10, text_dim=3, seed=1, fit=None)
     embed.run(config, SPLIT, folders.canonical, folders.report, folders.embedding)
     return folders
 

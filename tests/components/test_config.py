@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from components.ingest import IngestConfig
 from components.package import PackageConfig
 from components.smoke import SmokeConfig
 from components.splits import SplitConfig
+from components.start import StartConfig
 from components.train import TrainConfig
 from components.validate import ValidateConfig
 from tests.components.small_world import PROJECT
@@ -29,6 +31,7 @@ SECTIONS = {
     "embed": EmbedConfig,
     "features": FeaturesConfig,
     "dataset": DatasetConfig,
+    "start": StartConfig,
     **{f"train.{model}": TrainConfig for model in ("qin", "sdcnv3")},
     "evaluate": EvaluateConfig,
     "gate": GateConfig,
@@ -64,7 +67,8 @@ def test_every_committed_section_loads(name: str, monkeypatch: pytest.MonkeyPatc
     raw = section(PROJECT / "params.yaml", name)
     for key in raw.keys() - {"simulator"}:
         found = getattr(config, key)
-        assert (list(found) if isinstance(found, tuple) else found) == raw[key]
+        plain = asdict(found) if is_dataclass(found) and not isinstance(found, type) else found
+        assert (list(plain) if isinstance(plain, tuple) else plain) == raw[key]
 
 
 def test_there_is_no_section_that_no_step_reads() -> None:
@@ -76,7 +80,7 @@ def test_there_is_no_section_that_no_step_reads() -> None:
 def test_unknown_key_is_named_with_the_known_ones(edited: Callable[[Edit], Path]) -> None:
     said = message(edited(lambda p: p["embed"].update(dimension=3)), "embed")
     assert "embed.dimension: unknown key" in said
-    assert "dim, seed, text_dim, text_features" in said
+    assert "dim, fit, seed, text_dim, text_features" in said
 
 
 def test_unknown_nested_key_is_named_with_the_known_ones_there(edited: Callable[[Edit], Path]) -> None:
@@ -106,7 +110,7 @@ def test_unknown_nested_key_is_named_with_the_known_ones_there(edited: Callable[
         ("ingest", lambda p: p["ingest"]["simulator"].update(users=0), "ingest.simulator: users is 0"),
         ("ingest", lambda p: p["ingest"]["simulator"].update(click_rate=1.0), "click_rate is 1.0; it is a share"),
         ("ingest", lambda p: p["ingest"]["simulator"].update(start="May"), "start is 'May'; write a day"),
-        ("ingest", lambda p: p["ingest"].update(source="kaggle"), "unknown source 'kaggle'; known are movielens"),
+        ("ingest", lambda p: p["ingest"].update(source="kaggle"), "unknown source 'kaggle'; known are files"),
         ("ingest", lambda p: p["ingest"].update(raw="no/such"), "ingest.raw: 'no/such' is not there"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from components.contracts import (
     EVENTS,
     ITEMS,
+    OPTIONAL,
     ORACLE,
     USERS,
     UTC,
@@ -112,6 +113,24 @@ def test_extra_columns_are_categories() -> None:
     vectors = pa.table({"item_id": [1], "vector": [[1.0]], "norm": ["a"]})
     with pytest.raises(ValueError, match=r"here: unknown column 'norm'; only .* belong here"):
         conform(vectors, VECTORS, "here", extra_columns=False)
+
+
+def test_optional_columns_are_no_features_of_events_alone() -> None:
+    table = events()
+    for name, kind in OPTIONAL.items():
+        table = table.append_column(name, pa.nulls(len(table), kind))
+    found = conform(table, EVENTS, "here", optional=OPTIONAL)
+    assert {name: found.schema.field(name).type for name in OPTIONAL} == OPTIONAL
+    assert attributes(found, EVENTS) == []
+    with pytest.raises(ValueError, match="here: column 'split' is int64; it must be string"):
+        conform(with_column(table, "split", [1, 2, 3], pa.int64()), EVENTS, "here", optional=OPTIONAL)
+
+
+def test_histories_are_there_or_derived(tmp_path: Path) -> None:
+    assert Canonical(tmp_path).histories() is None
+    pq.write_table(pa.table({"item_id": pa.array([], pa.int64())}), tmp_path / "histories.parquet")
+    histories = Canonical(tmp_path).histories()
+    assert histories is not None and len(histories) == 0  # given, and empty
 
 
 def test_a_file_that_is_no_whole_parquet(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from components.sources.simulator import read
 from components.splits import SplitConfig, rows_by_day, split_days
 from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
 
-CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, seed=1)
+CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, seed=1, fit=None)
 SPLIT = SplitConfig(valid_share=0.1, test_share=0.1)
 Run = Callable[..., Path]
 
@@ -172,8 +173,81 @@ def test_dim_too_large(raw: RawTables, tmp_path: Path) -> None:
 
 
 def test_no_modality_at_all(raw: RawTables, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has neither vectors nor texts; give the source at least one modality"):
-        run(replace(raw, modalities={}), tmp_path)
+    folder = run(replace(raw, modalities={}), tmp_path)
+    assert set(vectors(folder).values()) == {None}
+    facts = json.loads((folder / "fit.json").read_text())
+    assert (facts["dim"], facts["missing_all"], facts["modalities"]) == (0, len(raw.items), [])
+
+
+def test_vectors_are_those_of_a_pca_of_all_at_once(embedded: Path, raw: RawTables, monkeypatch) -> None:
+    """In chunks of any size: scikit-learn's PCA of the joint matrix spans the same axes."""
+    from sklearn.decomposition import PCA
+
+    fit = load_file(embedded / "fit.safetensors")
+    joint, shown = [], shown_in_training(raw)
+    for name, table in sorted(raw.modalities.items()):
+        rows = dict(zip(table["item_id"].to_pylist(), table["vector"].to_pylist(), strict=True))
+        known = np.array([rows[i] for i in rows if i in shown])
+        np.testing.assert_allclose(fit[f"{name}.mean"], known.mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(fit[f"{name}.std"], known.std(axis=0), atol=1e-6)
+        missing = [np.nan] * known.shape[1]
+        x = np.array([rows.get(i, missing) for i in raw.items["item_id"].to_pylist() if i in shown])
+        x = np.nan_to_num((x - known.mean(axis=0)) / known.std(axis=0))
+        joint.append(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+    pca = PCA(CONFIG.dim).fit(np.concatenate(joint, axis=1))
+    np.testing.assert_allclose(fit["pca.mean"], pca.mean_, atol=1e-6)
+    along = (fit["pca.components"] * pca.components_).sum(axis=1)
+    np.testing.assert_allclose(np.abs(along), 1, atol=1e-5)
+    facts = json.loads((embedded / "fit.json").read_text())
+    assert facts["explained_variance"] == pytest.approx(pca.explained_variance_ratio_.sum(), abs=1e-6)
+
+
+def test_the_size_of_a_chunk_changes_nothing(embedded: Path, raw: RawTables, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(embed, "FIT_BATCH", 7)
+    before, after = vectors(embedded), vectors(run(raw, tmp_path))
+    for item, vector in before.items():
+        np.testing.assert_allclose(after[item], vector, atol=1e-5) if vector is not None else None
+
+
+def test_an_earlier_fit_embeds_new_items_and_keeps_its_version(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    """One item more, and other events: old items keep their vectors to the byte, and the new one gets one."""
+    (old_text, old_image), new = (raw.modalities[name] for name in ("text", "image")), 999_999
+    added = old_text.slice(3, 1)
+    given = {**added.to_pylist()[0], "item_id": new}
+    text = pa.concat_tables([old_text, pa.Table.from_pylist([given], old_text.schema)])
+    item = {**raw.items.to_pylist()[-1], "item_id": new}
+    grown = replace(
+        raw,
+        items=pa.concat_tables([raw.items, pa.Table.from_pylist([item], raw.items.schema)]),
+        modalities={"text": text, "image": old_image},
+        events=raw.events.slice(0, 2800),
+    )
+    refit = run(grown, tmp_path / "refit")
+    kept = run(grown, tmp_path / "kept", replace(CONFIG, fit=str(embedded)))
+    versions = [json.loads((f / "fit.json").read_text())["version"] for f in (embedded, kept, refit)]
+    assert versions[0] == versions[1] != versions[2]
+    before, after = vectors(embedded), vectors(kept)
+    for old, vector in before.items():
+        assert np.array_equal(vector, after[old]) if vector is not None else after[old] is None
+    fit = load_file(embedded / "fit.safetensors")
+    np.testing.assert_allclose(after[new], by_hand(fit, {"text": np.array(given["vector"])}), atol=1e-5)
+
+
+def test_an_earlier_fit_must_be_whole_and_of_the_same_kind(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    kept = replace(CONFIG, fit=str(embedded))
+    with pytest.raises(ValueError, match=r"embed\.dim is 5, but the fit of .* has 6; set the one to the other"):
+        run(raw, tmp_path / "dim", replace(kept, dim=5))
+    with pytest.raises(ValueError, match=r"was fitted on \['image', 'text'\], .* has \['text'\]; set embed\.fit"):
+        run(replace(raw, modalities={"text": raw.modalities["text"]}), tmp_path / "kinds", kept)
+    with pytest.raises(ValueError, match=r"that fit knows no words, and the items have texts"):
+        run(with_texts(raw, image=True), tmp_path / "words", kept)
+    with pytest.raises(ValueError, match=r"fit\.json is not there"):
+        run(raw, tmp_path / "none", replace(kept, fit=str(tmp_path / "no")))
+    copy = tmp_path / "copy"
+    shutil.copytree(embedded, copy)
+    (copy / "fit.safetensors").write_bytes((copy / "fit.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"holds no fit\.safetensors of version .*; copy the folder whole"):
+        run(raw, tmp_path / "cut", replace(kept, fit=str(copy)))
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
@@ -228,3 +302,10 @@ def test_texts_that_say_too_little(texts: str, raw: RawTables, tmp_path: Path) -
     given = [texts.format(i=f"w{i}") if i != ids[5] else None for i in ids]
     with pytest.raises(ValueError, match=r"texts share [01] term\(s\), \d+ items have a text; .* longer texts"):
         run(replace(raw, items=with_column(raw.items, "text", given), modalities={}), tmp_path)
+
+
+def test_texts_are_embedded_by_an_earlier_fit(raw: RawTables, tmp_path: Path) -> None:
+    given = with_texts(raw)
+    first = run(given, tmp_path / "first", replace(CONFIG, dim=3))
+    again = run(given, tmp_path / "again", replace(CONFIG, dim=3, fit=str(first)))
+    assert folder_hash(first) == folder_hash(again)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC as ZONE
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from components import ingest
 from components.artifacts import folder_hash
-from components.contracts import Canonical
+from components.contracts import EVENTS, UTC, Canonical, attributes
 from components.sources import RawTables
 from components.sources.simulator import read
 from tests.components.small_world import ingest_config, ingest_tables, with_column
@@ -93,9 +96,16 @@ def bad_label(raw: RawTables) -> RawTables:
     return replace(raw, events=with_column(raw.events, "label", [1000] * len(raw.events), pa.int64()))
 
 
-def no_time(raw: RawTables) -> RawTables:
+def no_time(raw: RawTables, rows: int = 40) -> RawTables:
     times = raw.events["timestamp"].to_pylist()
-    return replace(raw, events=with_column(raw.events, "timestamp", [None, None, *times[2:]]))
+    return replace(raw, events=with_column(raw.events, "timestamp", [*[None] * rows, *times[rows:]]))
+
+
+def with_pointers(raw: RawTables, start: int, end: int, items: list[int] | None) -> RawTables:
+    events = raw.events
+    for name, at in (("history_start", start), ("history_end", end)):
+        events = events.append_column(name, pa.repeat(at, len(events)))
+    return replace(raw, events=events, histories=None if items is None else pa.table({"item_id": items}))
 
 
 def bad_vector(raw: RawTables) -> RawTables:
@@ -118,7 +128,23 @@ BAD: dict[str, tuple[Callable[[RawTables], RawTables], str]] = {
     ),
     "no zone": (without_zone, r"planted events: column 'timestamp' has times without a zone.*make them UTC, e\.g\."),
     "label too large": (bad_label, "planted events: column 'label' does not fit int8: Integer value 1000"),
-    "no time": (no_time, "planted events: 2 rows have no timestamp; fill them"),
+    "more broken rows than the limit": (
+        no_time,
+        r"planted: 40 of 3200 rows are broken, more than ingest\.max_rejected \(0\.01\) .*no timestamp: 40, e\.g\. "
+        r"\{'user_id'.* mend the files, or raise the limit",
+    ),
+    "an event column's name": (
+        lambda raw: replace(raw, users=raw.users.append_column("split", pa.array(["a"] * len(raw.users)))),
+        r"planted: extra columns \['split'\] have a name",
+    ),
+    "histories without a table": (
+        lambda raw: with_pointers(raw, 0, 0, None),
+        r"planted events have \('history_start', 'history_end'\); give `histories`",
+    ),
+    "histories out of their table": (
+        lambda raw: with_pointers(raw, 1, 4, [5, 6, 7]),
+        r"planted: \('history_start', 'history_end'\) leave \[0, 3\]",
+    ),
     "number as an attribute": (
         lambda raw: replace(raw, users=raw.users.append_column("age", pa.array(range(len(raw.users))))),
         "planted users: extra column 'age' is int64; it must be string",
@@ -130,6 +156,10 @@ BAD: dict[str, tuple[Callable[[RawTables], RawTables], str]] = {
     "a feature's name": (
         lambda raw: replace(raw, items=raw.items.append_column("views", pa.array(["9"] * len(raw.items)))),
         r"planted: extra columns \['views'\] have a name .* or a feature of the pipeline has; rename them",
+    ),
+    "a counted feature's name": (
+        lambda raw: replace(raw, events=raw.events.append_column("views_level", pa.array(["9"] * len(raw.events)))),
+        r"planted: extra columns \['views_level'\] have a name",
     ),
     "modality without vector": (bad_vector, "planted modality text: column 'vector' .* is missing"),
 }
@@ -192,3 +222,131 @@ def test_a_time_of_no_zone_is_never_taken_for_utc() -> None:
     with pytest.raises(ValueError, match=r"x is '2024-03-01', a time without a zone; add one, e\.g\. (.*)") as caught:
         ingest.parse_time("x", "2024-03-01")
     ingest.parse_time("x", str(caught.value).split()[-1])  # what it says to write can be written
+
+
+# ---- what becomes of the rows -----------------------------------------------------------------------------------
+
+
+def quarantined(canonical: Path) -> dict[str, pa.Table]:
+    tables = [pq.read_table(file) for file in sorted((canonical / "quarantine").glob("*.parquet"))]
+    return {table["reason"][0].as_py(): table for table in tables}
+
+
+def test_a_few_broken_rows_go_to_quarantine(raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = ingest_tables(no_time(raw, 2), tmp_path / "canonical")
+    assert facts["rows"] == {"read": 3200, "written": 3198, "left_out": {"no timestamp": 2}}
+    assert facts["impressions"] == 3198 == Canonical(tmp_path / "canonical").events().num_rows
+    (rows,) = quarantined(tmp_path / "canonical").values()
+    assert rows["user_id"].to_pylist() == raw.events["user_id"].to_pylist()[:2]
+    told = capsys.readouterr().err
+    assert re.search(r"read +│ +3,200", told) and re.search(r"no timestamp +│ +-2", told)
+    assert re.search(r"written +│ +3,198", told)
+
+
+def test_what_a_source_left_out_is_counted_and_kept(raw: RawTables, tmp_path: Path) -> None:
+    aside, broken = pa.table({"line": ["a", "b", "c"]}), pa.table({"line": ["?"]})
+    given = replace(raw, set_aside={"rating of 3": aside}, rejected={"torn": broken})
+    facts = ingest_tables(given, tmp_path / "canonical")
+    assert facts["rows"] == {"read": 3204, "written": 3200, "left_out": {"torn": 1, "rating of 3": 3}}
+    found = quarantined(tmp_path / "canonical")
+    assert found["rating of 3"]["line"].to_pylist() == ["a", "b", "c"] and len(found["torn"]) == 1
+    many = replace(raw, set_aside={"rating of 3": pa.table({"line": ["a"] * 4000})})  # no fault, so no limit
+    assert ingest_tables(many, tmp_path / "other")["rows"]["read"] == 7200
+    with pytest.raises(ValueError, match=r"40 of 3240 rows are broken.*torn: 40, e\.g\. \{'line': '\?'\}"):
+        ingest_tables(replace(raw, rejected={"torn": pa.table({"line": ["?"] * 40})}), tmp_path / "third")
+
+
+NOON = datetime(2024, 3, 1, 12, tzinfo=ZONE)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+
+
+def deliveries(raw: RawTables, *rows: tuple[int, datetime, int, str, datetime | None]) -> RawTables:
+    """user, time, label, device, arrival; of one item."""
+    user, time, label, device, arrival = zip(*rows, strict=True)
+    events = pa.table(
+        {
+            "user_id": user,
+            "item_id": pa.array([int(raw.items["item_id"][0].as_py())] * len(rows)),
+            "timestamp": pa.array(time, pa.timestamp("us", tz="UTC")),
+            "label": pa.array(label, pa.int8()),
+            "device": device,
+            "created_at": pa.array(arrival, pa.timestamp("us", tz="UTC")),
+        }
+    )
+    return replace(raw, events=events)
+
+
+def test_a_day_delivered_again_counts_once_and_the_newest_row_of_an_impression_counts(
+    raw: RawTables, tmp_path: Path
+) -> None:
+    first, again, later = NOON + HOUR, NOON + 2 * HOUR, NOON + 3 * DAY
+    given = deliveries(
+        raw,
+        (1, NOON, 0, "tv", first), (2, NOON, 0, "tv", first), (3, NOON, 1, "tv", None), (4, NOON, 0, "tv", first),
+        (1, NOON, 0, "tv", again),  # repeated
+        (2, NOON, 1, "tv", again),  # corrected: the click came late
+        (3, NOON, 0, "tv", first),  # corrects the row whose arrival is unknown
+        (4, NOON + HOUR, 0, "tv", later),  # another impression, late
+        (2, NOON, 1, "phone", later),  # corrected once more
+        (5, NOON, 1, "tv", NOON + 20 * HOUR),  # on the next day, which is not late
+    )  # fmt: skip
+    facts = ingest_tables(given, tmp_path / "whole")
+    events = Canonical(tmp_path / "whole").events()
+    found = [(e["user_id"], e["label"], e["device"], e["created_at"]) for e in events.to_pylist()]
+    assert sorted(found) == [
+        (1, 0, "tv", again), (2, 1, "phone", later), (3, 0, "tv", first), (4, 0, "tv", first), (4, 0, "tv", later),
+        (5, 1, "tv", NOON + 20 * HOUR),
+    ]  # fmt: skip
+    assert facts["rows"] == {"read": 10, "written": 6, "left_out": {"repeated": 1, "corrected later": 3}}
+    assert facts["unusual_days"] == {"2024-03-01": {"rows": 6, "late": 2, "repeated": 1, "corrected later": 3}}
+    kept = quarantined(tmp_path / "whole")
+    assert kept["repeated"]["created_at"].to_pylist() == [first]
+    assert sorted(kept["corrected later"]["label"].to_pylist()) == [0, 1, 1]
+    assert (tmp_path / "whole" / "events").is_dir() and "created_at" not in attributes(events, EVENTS)
+
+
+def test_a_later_delivery_changes_no_byte_of_what_was_known(raw: RawTables, tmp_path: Path) -> None:
+    until = NOON + DAY
+    early = [(user, NOON + user * HOUR, user % 2, "tv", NOON + 9 * HOUR) for user in range(8)]
+    early += [(0, NOON, 1, "tv", NOON + 10 * HOUR)]
+    late = [(user, NOON + user * HOUR, 1 - user % 2, "tv", until) for user in range(8)]  # all of it corrected
+    late += [(9, NOON, 1, "tv", until + HOUR), (5, until, 1, "tv", until)]
+    hashes = []
+    for name, rows in {"before": early, "after": [*late[4:], *early, *late[:4]]}.items():
+        ingest_tables(deliveries(raw, *rows), tmp_path / name, until=until.isoformat())
+        hashes.append(folder_hash(tmp_path / name))
+    assert hashes[0] == hashes[1]
+    known = ingest_tables(deliveries(raw, *early, *late), tmp_path / "later", until=(until + DAY).isoformat())
+    assert known["impressions"] == 10 and folder_hash(tmp_path / "later") != hashes[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_versions_by_the_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = 300
+    table = pa.table(
+        {
+            "user_id": rng.integers(0, 4, rows), "item_id": rng.integers(0, 4, rows),
+            "timestamp": pa.array(rng.integers(0, 4, rows)).cast(UTC), "label": rng.integers(0, 2, rows),
+            "device": pa.array(rng.choice(["a", "b"], rows), mask=rng.random(rows) < 0.3),
+            "created_at": pa.array(rng.integers(0, 6, rows), mask=rng.random(rows) < 0.2).cast(UTC),
+        }
+    )  # fmt: skip
+    listed = table.to_pylist()
+    superseded, repeated = ingest.versions(table)
+    groups: dict[tuple, list[int]] = {}
+    for at, row in enumerate(listed):
+        groups.setdefault((row["user_id"], row["item_id"], row["timestamp"]), []).append(at)
+    for group in groups.values():
+        group.sort(key=lambda at: (listed[at]["created_at"] or datetime.min.replace(tzinfo=ZONE), at))
+        assert [bool(superseded[at]) for at in group] == [True] * (len(group) - 1) + [False]
+        for older, newer in pairwise(group):
+            equal = all(listed[older][name] == listed[newer][name] for name in ("label", "device"))
+            assert repeated[older] == equal
+
+
+def test_days_that_never_came_are_told(raw: RawTables, tmp_path: Path) -> None:
+    day = pc.strftime(raw.events["timestamp"], format="%d")
+    events = raw.events.filter(pc.invert(pc.is_in(day, value_set=pa.array(["03", "04"]))))
+    facts = ingest_tables(replace(raw, events=events), tmp_path / "canonical")
+    assert facts["unusual_days"] == {"2024-03-03": {"rows": 0}, "2024-03-04": {"rows": 0}}

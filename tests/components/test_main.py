@@ -151,7 +151,7 @@ def test_a_bad_params_file_is_told_key_by_key(tmp_path, capsys) -> None:
     [("deepfm", "no section 'train.deepfm': 'deepfm' is not among ['qin', 'sdcnv3']")],
 )
 def test_an_unknown_model_is_told(tmp_path, model, says, capsys) -> None:
-    arguments = ["--dataset", "d", "--output", "o", "--metrics", "m", "--history", "h"]
+    arguments = ["--dataset", "d", "--weights", "s", "--output", "o", "--metrics", "m", "--history", "h"]
     assert program.main(["train", model, *arguments, "--params", str(ROOT / "params.yaml")]) == 1
     said = words(capsys.readouterr().err)
     assert f"train@{model}: " in said

@@ -232,7 +232,9 @@ def test_movielens(packed: bool, movielens: Callable[..., Path]) -> None:
         978300760, 978300760, 978300762, 978387162,
     ]  # fmt: skip
     assert data.days() == ["2000-12-31", "2001-01-01"]
-    assert (facts["raw_ratings"], facts["dropped_neutral_ratings"], facts["impressions"]) == (6, 2, 4)
+    assert facts["rows"] == {"read": 6, "written": 4, "left_out": {"rating of 3": 2}}
+    aside = pq.read_table(data.root / "quarantine" / "0-rating-of-3.parquet").to_pylist()
+    assert [(row["user_id"], row["item_id"], row["rating"]) for row in aside] == [(1, 10, 3), (4, 20, 3)]
     assert facts["label_rate"] == 0.5
     items = data.items().to_pylist()
     assert [i["item_id"] for i in items] == [10, 20, 30]
@@ -306,7 +308,7 @@ REAL = PROJECT.parent / "shared" / "data" / "ml-1m"
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"needs the ml-1m files at {REAL}; they may not be redistributed")
 def test_movielens_as_published(tmp_path: Path) -> None:
     facts = ingest.run(ingest_config("movielens", str(REAL), until=None), tmp_path / "canonical")
-    assert facts["raw_ratings"] - facts["dropped_neutral_ratings"] == facts["impressions"]
+    assert facts["rows"]["read"] - facts["rows"]["left_out"]["rating of 3"] == facts["impressions"]
     assert Canonical(tmp_path / "canonical").events().num_rows == facts["impressions"]
     assert facts["impressions"] == 360_434
     assert facts["label_rate"] == pytest.approx(0.774, abs=0.0005)
@@ -316,10 +318,13 @@ def test_movielens_as_published(tmp_path: Path) -> None:
 
 
 def test_unknown_source_and_absent_path() -> None:
-    with pytest.raises(ValueError, match=r"ingest\.source: unknown source 'kaggle'; known are movielens, simulator"):
+    with pytest.raises(ValueError, match=r"ingest\.source: unknown source 'kaggle'; known are files, microlens, mov"):
         sources.check("kaggle", ".")
     with pytest.raises(ValueError, match=r"ingest\.raw: 'no/such' is not there; name the path of the movielens files"):
         sources.check("movielens", "no/such")
+    with pytest.raises(ValueError, match=r"'s3://bucket/data' is not there; name the path of the microlens files"):
+        sources.check("microlens", "s3://bucket/data")
+    sources.check("files", "s3://bucket/data")  # opened when it is read
 
 
 @pytest.fixture

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 import models
 from components import train
+from components.artifacts import write_json
 from components.config import load
 from components.dataset import Dataset
 from components.train import Progress, TrainConfig
@@ -43,8 +47,9 @@ def config(networks) -> Callable[..., TrainConfig]:
     def make(model: str = "qin", **changes: Any) -> TrainConfig:
         values = {
             "seed": 1, "batch_size": 128, "max_epochs": 4, "patience": 4, "lr": 0.01, "lr_factor": 0.5,
-            "lr_patience": 0, "min_lr": 1e-6, "embedding_l2": 1e-6, "clip_norm": 10.0, "device": "cpu",
-            "network": networks[model],
+            "lr_patience": 0, "min_lr": 1e-6, "embedding_l2": 1e-6, "network_l2": 0.0, "ema": 0.0,
+            "clip_norm": 10.0, "device": "cpu",
+            "precision": "fp32", "compile": False, "network": networks[model],
         }  # fmt: skip
         return TrainConfig(**(values | changes))
 
@@ -56,13 +61,15 @@ class Run:
 
     def __init__(self, root: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.dataset, self.monkeypatch = root, dataset, monkeypatch
+        self.start = root / "start"
+        write_json(self.start / "start.json", {"champion": None})
         self.state = root / ".scratch/train/qin/state.safetensors"
 
     def __call__(self, config: TrainConfig, name: str, model: str = "qin") -> dict[str, bytes]:
         """The checkpoint's bytes by file."""
         self.monkeypatch.chdir(self.root)
         out = self.root / name
-        train.run(config, model, self.dataset, out / model, out / "metrics.json", out / "history.csv")
+        train.run(config, model, self.dataset, self.start, out / model, out / "metrics.json", out / "history.csv")
         return {file: (out / model / file).read_bytes() for file in CHECKPOINT_FILES}
 
     def history(self, name: str) -> list[dict[str, float]]:
@@ -70,7 +77,7 @@ class Run:
             return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(opened)]
 
     def killed_after(self, steps: int, config: TrainConfig, name: str, model: str = "qin") -> None:
-        """The same run, ended by a Ctrl-C in front of an optimizer step."""
+        """The same run, dead in front of an optimizer step, with no time to save anything."""
         step, done = torch.optim.Adam.step, 0
 
         def interrupted(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
@@ -174,6 +181,34 @@ def test_coupled_l2_moves_the_regularised_parameters_alone(config, dataset) -> N
     assert len(regularised) < len(before)
 
 
+def test_network_l2_moves_the_other_parameters(config, dataset) -> None:
+    model = models.registry.build("sdcnv3", config("sdcnv3").network, Dataset.open(dataset).schema)
+    bias = model.deep.out.weight
+    before = bias.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    train.adam(config("sdcnv3", lr=0.01, network_l2=0.1), model).step()
+    torch.testing.assert_close(bias.detach(), before - 0.01 * before.sign())
+
+
+def test_the_running_mean_of_the_weights_is_what_is_judged_and_kept(config, dataset, tmp_path) -> None:
+    asked = config("sdcnv3", ema=0.6)
+    model = models.registry.build("sdcnv3", asked.network, Dataset.open(dataset).schema)
+    state = train.State(tmp_path, "", model, train.adam(asked, model), asked)
+    wanted = model.deep.out.weight.detach().clone()
+    for step in range(1, 20):
+        with torch.no_grad():
+            model.deep.out.weight.add_(1.0)
+            model.deep.gates[0].batch_norm.running_mean.add_(1.0)
+        state.progress.steps = step
+        state.follow(asked.ema)
+        decay = min(0.6, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * model.deep.out.weight.detach()
+    torch.testing.assert_close(state.scored.deep.out.weight, wanted)
+    assert torch.equal(state.scored.deep.gates[0].batch_norm.running_mean, model.deep.gates[0].batch_norm.running_mean)
+    assert not torch.allclose(wanted, model.deep.out.weight)
+
+
 def test_a_last_batch_of_one_row_is_left_out(config, run) -> None:
     """1560 training rows: 1559 + 1. BatchNorm cannot take one row."""
     run(config("sdcnv3", batch_size=1559, max_epochs=1), "out", "sdcnv3")
@@ -208,27 +243,147 @@ def test_a_run_cut_in_the_middle_of_an_epoch_goes_on_to_the_same_bytes(run, conf
     assert run.history("cut") == run.history("whole")
 
 
+class Program:
+    """`python -m components train qin` as production runs it, in a run's folder; `launcher` stands before -m."""
+
+    def __init__(self, run: Run, config: TrainConfig, *launcher: str) -> None:
+        self.run = run
+        (run.root / "params.yaml").write_text(yaml.safe_dump({"train": {"qin": asdict(config)}}))
+        self.out = run.root / "cut"
+        self.command = [
+            sys.executable, *launcher, "-m", "components", "train", "qin", "--dataset", str(run.dataset),
+            "--weights", str(run.start), "--output", str(self.out / "qin"), "--metrics", str(self.out / "metrics.json"),
+            "--history", str(self.out / "history.csv"),
+        ]  # fmt: skip
+        self.env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def signalled(self, signum: signal.Signals, after: str, seconds: float) -> tuple[int, str]:
+        """Signalled so long after the line that starts so. Returns exit code and what it said."""
+        said = ""
+        with subprocess.Popen(
+            self.command, cwd=self.run.root, env=self.env, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said += line
+                if line.startswith(after):
+                    break
+            else:
+                pytest.fail(f"the program ended before it said {after!r}: {said}")
+            time.sleep(seconds)
+            process.send_signal(signum)
+            said += process.stdout.read()
+        assert not self.out.exists()
+        return process.returncode, said
+
+    def finish(self) -> tuple[str, dict[str, bytes]]:
+        done = subprocess.run(
+            self.command, cwd=self.run.root, env=self.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, {file: (self.out / "qin" / file).read_bytes() for file in CHECKPOINT_FILES}
+
+
 @pytest.mark.slow
-def test_a_killed_program_goes_on_to_the_same_bytes(run, config) -> None:
-    asked = config(max_epochs=30, patience=30)
-    (run.root / "params.yaml").write_text(yaml.safe_dump({"train": {"qin": asdict(asked)}}))
-    out = run.root / "cut"
-    command = [
-        sys.executable, "-m", "components", "train", "qin", "--dataset", str(run.dataset), "--output", str(out / "qin"),
-        "--metrics", str(out / "metrics.json"), "--history", str(out / "history.csv"),
-    ]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=run.root, env=env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        seen = next((line for line in process.stdout if line.startswith("qin epoch 3:")), None)
-        assert seen, "the program ended before epoch 3"
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not out.exists()
-    done = subprocess.run(command, cwd=run.root, env=env, capture_output=True, text=True, check=True)
-    assert "qin: goes on after epoch " in done.stdout
-    assert "qin epoch 2:" not in done.stdout
-    assert {file: (out / "qin" / file).read_bytes() for file in CHECKPOINT_FILES} == run(asked, "whole")
+@pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_program_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(run, config, signum, code) -> None:
+    asked = config(max_epochs=5, patience=5, batch_size=16)  # 98 steps an epoch
+    program = Program(run, asked)
+    returned, said = program.signalled(signal.Signals[signum], after="qin epoch 2:", seconds=0.15)
+    assert returned == code
+    stopped = re.search(rf"qin: stopped by {signum} in epoch 3 after step (\d+); the same command goes on there", said)
+    assert stopped and 0 < int(stopped[1]) < 98, said
+    said, found = program.finish()
+    assert f"qin: goes on after epoch 2, step {stopped[1]}\n" in said
+    assert "qin epoch 2:" not in said and "qin epoch 3:" in said
+    assert found == run(asked, "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_program_goes_on_from_its_last_epoch_to_the_same_bytes(run, config) -> None:
+    asked = config(max_epochs=5, patience=5, batch_size=16)
+    program = Program(run, asked)
+    code, _ = program.signalled(signal.SIGKILL, after="qin epoch 2:", seconds=0.15)
+    assert code == -signal.SIGKILL
+    said, found = program.finish()
+    assert re.search(r"qin: goes on after epoch [2-4], step 0\n", said)
+    assert found == run(asked, "whole")
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGTERM) -> None:
+    """This process gets a signal within step `steps`, counted from now."""
+    step, done = torch.optim.Adam.step, 0
+
+    def signalled(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == steps:
+            os.kill(os.getpid(), signum)
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", signalled)
+
+
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+@pytest.mark.parametrize("steps", [(1,), (12,), (13,), (14, 1, 1), (5, 20)], ids=str)
+def test_a_run_stopped_after_any_step_goes_on_to_the_same_bytes(run, config, monkeypatch, capsys, model, steps) -> None:
+    """13 steps an epoch; after several numbers the run is stopped several times."""
+    asked = config(model, max_epochs=3, ema=0.9 if len(steps) == 3 else 0.0)
+    whole = run(asked, "whole", model)
+    total = 0
+    for number in steps:
+        with monkeypatch.context() as patched:
+            stop_after(number, patched)
+            with pytest.raises(SystemExit) as ended:
+                run(asked, "cut", model)
+        total += number
+        epoch, step = (total - 1) // 13, (total - 1) % 13 + 1
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert f"stopped by SIGTERM in epoch {epoch + 1} after step {step};" in capsys.readouterr().out
+    assert run(asked, "cut", model) == whole
+    said = capsys.readouterr().out
+    assert f"{model}: goes on after epoch {epoch}, step {step}\n" in said
+    # the rest of an epoch tells no speed
+    assert ["rows/s" in line for line in said.splitlines() if " epoch " in line][1:] == [False, True, True][: 3 - epoch]
+    assert run.history("cut") == run.history("whole")
+
+
+def test_a_run_stopped_in_validation_does_not_train_the_epoch_again(run, config, monkeypatch, capsys) -> None:
+    whole, real = run(config(), "whole"), train.score
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "score", signalled)
+        with pytest.raises(SystemExit):
+            run(config(), "cut")
+    assert "in epoch 1 after step 13;" in capsys.readouterr().out
+    taken, step = 0, torch.optim.Adam.step
+
+    def counted(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    assert run(config(), "cut") == whole
+    assert taken == 3 * 13
+
+
+def test_the_first_signal_is_noted_and_the_second_acts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with train._asked_to_stop() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with train._asked_to_stop() as asked:
+        assert asked() == 0
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_state_of_another_config_is_not_used(run, config, capsys) -> None:
@@ -261,6 +416,81 @@ def test_the_state_of_other_code_is_not_used(run, config, monkeypatch, capsys) -
     assert "goes on" not in capsys.readouterr().out
 
 
+# ---- where the rows lie, and how exactly they are computed with -----------------------------------------------------
+
+
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+def test_rows_that_stream_give_the_same_bytes(run, config, monkeypatch, model) -> None:
+    asked = config(model, max_epochs=2)
+    resident = run(asked, "resident", model)
+    threads, gather = set(), Dataset._gather
+
+    def noted(data: Dataset, *arguments: Any) -> Any:
+        threads.add(threading.current_thread())
+        return gather(data, *arguments)
+
+    monkeypatch.setattr(Dataset, "_gather", noted)
+    assert run(asked, "again", model) == resident
+    assert threads == {threading.main_thread()}
+    threads.clear()
+    monkeypatch.setattr(train, "fits", lambda *_: False)
+    assert run(asked, "streamed", model) == resident
+    assert threads and threading.main_thread() not in threads
+
+
+def test_rows_lie_on_a_gpu_where_they_take_half_of_what_is_free(monkeypatch) -> None:
+    assert train.fits(10**18, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 1000))
+    assert train.fits(100, torch.device("cuda"))
+    assert not train.fits(101, torch.device("cuda"))
+
+
+def test_row_bytes_are_those_of_what_a_batch_reads(dataset) -> None:
+    data = Dataset.open(dataset)
+    assert data.row_bytes == 2600 * (3 * 4 + 4 + 4 + 1 + 1)
+
+
+def valid_auc(run: Run, name: str) -> float:
+    return json.loads((run.root / name / "metrics.json").read_text())["valid_auc"]
+
+
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+def test_bf16_ranks_as_well_as_fp32_and_keeps_fp32_weights(run, config, model) -> None:
+    exact = run(config(model), "exact", model)
+    rough = run(config(model, precision="bf16"), "rough", model)
+    assert rough["model.safetensors"] != exact["model.safetensors"]
+    assert valid_auc(run, "rough") == pytest.approx(valid_auc(run, "exact"), abs=0.02)
+    saved = load_checkpoint(run.root / "rough" / model)
+    assert {tensor.dtype for tensor in saved.model.parameters()} == {torch.float32}
+    run.killed_after(20, config(model, precision="bf16"), "cut", model)
+    assert run(config(model, precision="bf16"), "cut", model) == rough
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+def test_a_compiled_model_learns_the_same(run, config, dropless, model) -> None:
+    """Without dropout, whose masks torch.compile draws in its own way."""
+    asked = config(model, network=dropless[model], max_epochs=2, batch_size=520)
+    run(asked, "eager", model)
+    run(replace(asked, compile=True), "compiled", model)
+    assert any((run.root / ".scratch/inductor").iterdir())
+    for eager, compiled in zip(run.history("eager"), run.history("compiled"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, monkeypatch, model) -> None:
+    run(config(model), "cpu", model)
+    for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}.items():
+        run(config(model, device="cuda", **changes), name, model)
+        assert valid_auc(run, name) == pytest.approx(valid_auc(run, "cpu"), abs=0.03)
+    monkeypatch.setattr(train, "fits", lambda *_: False)
+    run(config(model, device="cuda"), "streamed", model)
+    assert valid_auc(run, "streamed") == pytest.approx(valid_auc(run, "fp32"), abs=0.01)
+
+
 # ---- what goes wrong --------------------------------------------------------------------------------------------
 
 
@@ -269,35 +499,126 @@ def poison(model: torch.nn.Module) -> None:
         next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
 
 
-@pytest.mark.parametrize("when", ["before", "after"], ids=["in the epoch", "by its last step"])
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(run, config, monkeypatch, when) -> None:
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [("before", "in epoch 2, step 1"), ("after", "after epoch 2")],
+    ids=["in the epoch", "by its last step"],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(
+    run, config, monkeypatch, when, said
+) -> None:
     whole = run(config(), "whole")
     real, kept = train.train_epoch, b""
 
-    def spoilt(config: TrainConfig, model: Any, data: Any, optimizer: Any, epoch: int, name: str) -> float:
+    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> float:
         nonlocal kept
+        epoch = state.progress.epoch
         if epoch == 1 and when == "before":
-            poison(model)
+            poison(state.model)
         if epoch == 1:
             kept = run.state.read_bytes()
-        loss = real(config, model, data, optimizer, epoch, name)
+        loss = real(config, state, *arguments)
         if epoch == 1:
-            poison(model)
+            poison(state.model)
         return loss
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_epoch", spoilt)
-        with pytest.raises(ValueError, match=r"qin: the loss is nan in epoch 2; .*Lower train\.qin\.lr \(0\.01\)"):
+        with pytest.raises(ValueError, match=rf"qin: the .*loss is nan {said}; .*Lower train\.qin\.lr \(0\.01\)"):
             run(config(), "out")
     assert not (run.root / "out").exists()
     assert run.state.read_bytes() == kept != b""
     assert run(config(), "out") == whole
 
 
-def test_a_rate_that_is_far_too_high_is_told(run, config) -> None:
-    with pytest.raises(ValueError, match=r"Lower train\.qin\.lr \(1e\+30\) or clip_norm \(1e\+30\)"):
-        run(config(lr=1e30, clip_norm=1e30), "out")
+def test_a_run_that_is_stopped_after_its_loss_was_spoilt_keeps_the_state_before(run, config, monkeypatch) -> None:
+    whole, real, kept = run(config(), "whole"), train.train_step, b""
+
+    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+        nonlocal kept
+        if (state.progress.epoch, state.progress.step) == (1, 4):
+            kept = run.state.read_bytes()
+            poison(state.model)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(config, state, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", spoilt)
+        with pytest.raises(ValueError, match=r"qin: the loss is nan in epoch 2, step 5; the state before it is kept"):
+            run(config(), "out")
+    assert run.state.read_bytes() == kept != b""
+    assert run(config(), "out") == whole
+
+
+def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(run, config, monkeypatch) -> None:
+    real, steps = train.train_step, 0
+
+    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            poison(state.model)
+        return real(config, state, *arguments)
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    monkeypatch.setattr(train, "CHECK_STEPS", 5)
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch 1, step 3"):
+        run(config(), "out")
+    assert steps == 5
+
+
+@pytest.mark.parametrize(
+    ("lr", "said"), [(1e30, "the loss is (nan|inf)|the mean training loss is"), (30.0, "the mean training loss is")]
+)
+def test_a_rate_that_is_too_high_is_told(run, config, lr, said) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"qin: ({said}).* Lower train\.qin\.lr \({lr}\) or clip_norm \(1e\+30\)".replace("e+", r"e\+"),
+    ):
+        run(config(lr=lr, clip_norm=1e30), "out")
     assert not (run.root / "out").exists()
+    assert not run.state.exists()
+
+
+def test_a_loss_that_jumps_ends_the_run_and_a_high_start_does_not(run, config, monkeypatch) -> None:
+    """The second epoch computes losses a hundred times too high; the first, all of its steps, ends as it should."""
+    real, factor = train.train_step, {"start": 1.0, "jump": 1.0}
+
+    def scaled(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+        epoch, step = state.progress.epoch, state.progress.step
+        return real(config, state, *arguments) * (factor["jump"] if epoch else factor["start"] / (step + 1))
+
+    monkeypatch.setattr(train, "train_step", scaled)
+    factor["jump"] = 100.0
+    with pytest.raises(ValueError, match=r"qin: the mean training loss is \d\S+ in epoch 2, after 0\.\d+; the state"):
+        run(config(), "out")
+    kept = run.state.read_bytes()
+    with pytest.raises(ValueError, match="in epoch 2, after"):
+        run(config(), "out")
+    assert run.state.read_bytes() == kept
+    factor["start"], factor["jump"] = 50.0, 1.0  # as of weights that start badly: falling, and far above a coin toss
+    run(config(seed=2), "out")
+    assert run.history("out")[0]["train_loss"] > 5
+
+
+def test_too_little_memory_names_the_batch_and_keeps_the_last_epoch(run, config, monkeypatch) -> None:
+    """The refusal is the allocator's own, of a tensor that no machine holds."""
+    whole, real = run(config(), "whole"), train.train_step
+
+    def greedy(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+        if state.progress.epoch == 2:
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(config, state, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", greedy)
+        with pytest.raises(ValueError, match=r"qin: out of memory on cpu: .*train\.qin\.batch_size is 128; give 64"):
+            run(config(), "out")
+    assert run(config(), "out") == whole
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+        with pytest.raises(RuntimeError, match="size"):  # any other error keeps its kind
+            run(config(seed=5), "other")
 
 
 def test_unknown_names_are_refused(run, config, networks) -> None:
@@ -340,14 +661,15 @@ def test_a_dataset_that_was_changed_is_refused(run, config, dataset) -> None:
     "bad",
     [
         {"batch_size": 0}, {"batch_size": 1}, {"max_epochs": 0}, {"patience": 0}, {"lr": 0.0}, {"lr": float("nan")},
-        {"clip_norm": 0.0}, {"lr_factor": 0.0}, {"lr_factor": 1.5}, {"embedding_l2": -1.0}, {"lr_patience": -1},
-        {"min_lr": -1.0}, {"min_lr": 0.5},
+        {"clip_norm": 0.0}, {"lr_factor": 0.0}, {"lr_factor": 1.5}, {"embedding_l2": -1.0},
+        {"network_l2": -1.0}, {"ema": 1.0}, {"lr_patience": -1},
+        {"min_lr": -1.0}, {"min_lr": 0.5}, {"precision": "fp8"},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_bad_value_is_named(config, bad) -> None:
     ((key, value),) = bad.items()
-    with pytest.raises(ValueError, match=rf"{key} is {value}"):
+    with pytest.raises(ValueError, match=rf"{key} is {value!r}"):
         config(**bad)
 
 

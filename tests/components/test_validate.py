@@ -341,7 +341,7 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
     kept.write_text("{}")
     with pytest.raises(ValueError, match="the data did not pass"):
         embed.run(
-            embed.EmbedConfig(dim=4, text_features=100, text_dim=8, seed=1),
+            embed.EmbedConfig(dim=4, text_features=100, text_dim=8, seed=1, fit=None),
             SplitConfig(valid_share=0.1, test_share=0.1),
             canonical,
             cells.report_file,

@@ -1,0 +1,410 @@
+"""Your own parquet or CSV files, local or behind any URL that fsspec opens, mapped by `ingest.files` in params.yaml.
+
+    events   user_id, item_id, timestamp, created_at, label, split, and the columns that become features
+    users    user_id, and attributes                                          optional
+    items    item_id, created_at, title, tags, text, and attributes           optional
+    vectors  a parquet file a modality: item_id, vector                       optional
+
+Of the events' columns only `label` must be there. Without a user or an item column all rows are of one, 0, which is
+no feature; without a timestamp rows keep their order and the split must be given: a column, or a file for each part.
+Such plain tabular data (Criteo, Avazu) has no histories and no popularity.
+
+A value that cannot be read (a label of 2, a time without a zone, a word for a number) sends its row to quarantine with
+the file and the reason. In one event table, a row that an earlier file held too is set aside as repeated.
+"""
+
+# ruff: noqa: S608 - the names in these queries are quoted by `_name` and `_text`
+from __future__ import annotations
+
+import posixpath
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from components.contracts import ARRIVAL, EVENTS, HISTORIES, HISTORY, ITEMS, SPLIT, USERS, UTC
+from components.sources import RawTables, timeless
+
+if TYPE_CHECKING:
+    from components.ingest import IngestConfig
+
+NAMES = {
+    "events": (*EVENTS.names, ARRIVAL, SPLIT),
+    "users": tuple(USERS.names),
+    "items": tuple(ITEMS.names),
+}
+PARTS = ("train", "valid", "test")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+MEMORY = "2GB"  # of the table that rows are gathered in, which spills to disk beyond
+BATCH = 65_536  # rows of parquet at once
+BLOCK = 1 << 24  # bytes of CSV at once
+ZONE = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """path         a file or a glob, below ingest.raw; for events also {train: …, valid: …, test: …}; null: no table
+    columns      canonical name: the files' name, where they differ
+    categorical  columns that become features as they are, whole numbers and strings alike
+    numeric      columns that become features in buckets: floor(ln(x)²) above 2, else whole x
+    """
+
+    path: str | dict[str, str] | None
+    columns: dict[str, str]
+    categorical: list[str]
+    numeric: list[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, dict) and (not {"train", "valid"} <= set(self.path) <= set(PARTS)):
+            raise ValueError(f"path has the parts {list(self.path)}; give train, valid and, if there is one, test")
+        features = [*self.categorical, *self.numeric]
+        if twice := sorted({name for name in features if features.count(name) > 1}):
+            raise ValueError(f"columns {twice} are named twice; a column is categorical or numeric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """events, users, items  the tables; users and items may be left out: then they are those of the events
+    vectors                modality: a parquet file or glob of item_id and vector
+    separator              between the tags of an item, where they are one string
+    """
+
+    events: TableConfig
+    users: TableConfig
+    items: TableConfig
+    vectors: dict[str, str]
+    separator: str
+
+    def __post_init__(self) -> None:
+        for table, names in NAMES.items():
+            if unknown := sorted(set(getattr(self, table).columns) - set(names)):
+                raise ValueError(f"{table}.columns maps {unknown}; the canonical names are {', '.join(names)}")
+
+
+def read(config: IngestConfig) -> RawTables:
+    """Raises ValueError that names table, column, file and remedy where the mapping and the files do not agree."""
+    mapping = config.files
+    if mapping.events.path is None:
+        raise ValueError("ingest.files.events.path is null; name the files of your impressions, e.g. events/*.parquet")
+    with tempfile.TemporaryDirectory(prefix="clickloop-files-") as spill, duckdb.connect() as db:
+        db.execute(f"set memory_limit = '{MEMORY}'; set temp_directory = '{spill}'; set timezone = 'UTC'")
+        events, rejected, repeated = _events(db, config.raw, mapping.events)
+        first = pc.min(events["timestamp"])
+        users = _table(db, config.raw, "users", mapping.users, events["user_id"])
+        items = _table(db, config.raw, "items", mapping.items, events["item_id"])
+    tags = items["tags"]
+    if pa.types.is_string(tags.type) or pa.types.is_null(tags.type):
+        tags = pc.split_pattern(tags.cast(pa.string()), mapping.separator)
+    titles = pc.coalesce(items["title"], items["item_id"].cast(pa.string()))
+    created = pc.coalesce(items["created_at"], first)
+    for name, column in {"tags": tags, "title": titles, "created_at": created}.items():
+        items = items.set_column(items.column_names.index(name), name, column)
+    return RawTables(
+        events=events,
+        users=users,
+        items=items.sort_by("item_id"),
+        modalities={name: _vectors(config.raw, name, path) for name, path in mapping.vectors.items()},
+        histories=HISTORIES.empty_table() if HISTORY[0] in events.column_names else None,
+        rejected=rejected,
+        set_aside={"repeated by a later file": repeated} if len(repeated) else {},
+    )
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def _events(
+    db: duckdb.DuckDBPyConnection, raw: str, table: TableConfig
+) -> tuple[pa.Table, dict[str, pa.Table], pa.Table]:
+    """The events, the broken rows by reason, and the rows that an earlier file held."""
+    parts = table.path if isinstance(table.path, dict) else {"": str(table.path)}
+    files = [(part, file) for part in ("", *PARTS) if part in parts for file in _files(raw, "events", parts[part])]
+    columns = _gather(db, "events", table, [file for _, file in files], required=("label",))
+    timed, given = "timestamp" in columns, "" not in parts
+    if SPLIT in columns and given:
+        raise ValueError("ingest.files.events: a path for each part, and a split column too; give the one or the other")
+    if not timed and not given and SPLIT not in columns:
+        raise ValueError(
+            f"ingest.files.events: {files[0][1].name} has no timestamp and no split column, so no row is later than "
+            "another; map one of the two in `columns`, or give a path for train, valid and test each"
+        )
+    rejected = {
+        reason: db.sql('select ":file", ":row", "values" from events_broken where ":reason" = ?', params=[reason])
+        .to_arrow_table()
+        .rename_columns(["file", "row", "values"])
+        for (reason,) in db.sql('select distinct ":reason" from events_broken order by all').fetchall()
+    }
+    kind, again = "view", "false"
+    if timed and len(files) > 1:  # without times, equal rows are equal impressions and no more
+        kind, again = "table", f'min(":file") over (partition by {", ".join(map(_name, columns))}) < ":file"'
+    db.execute(f'create {kind} marked as select *, {again} as ":again" from events')
+    order = f'list_position({list(PARTS)}, split), ":file", ":row"' if SPLIT in columns else '":file", ":row"'
+    found = db.sql(f'select * from marked where not ":again" order by {order}').to_arrow_table()
+    repeated = db.sql('select * from marked where ":again" order by ":file", ":row"').to_arrow_table().select(columns)
+    events = found.select(columns)
+    if given:
+        events = events.append_column(
+            SPLIT, pa.array([part for part, _ in files]).take(found[":file"].combine_chunks())
+        )
+    for name in {"user_id", "item_id"} - set(columns):
+        events = events.append_column(name, pa.repeat(pa.scalar(0, pa.int64()), len(events)))
+    if not timed:
+        events = events.append_column("timestamp", timeless(len(events)))
+        for name in HISTORY:
+            events = events.append_column(name, pa.repeat(pa.scalar(0, pa.int64()), len(events)))
+    return events, rejected, repeated
+
+
+def _table(db: duckdb.DuckDBPyConnection, raw: str, name: str, table: TableConfig, ids: pa.ChunkedArray) -> pa.Table:
+    """The users or the items; those of the events where there is no file. Raises ValueError on a broken row."""
+    key, names = NAMES[name][0], NAMES[name]
+    if table.path is None:
+        found = pa.table({key: pc.unique(ids)})
+    else:
+        columns = _gather(db, name, table, _files(raw, name, str(table.path)), required=(key,))
+        if broken := db.sql(f"select * from {name}_broken").fetchall():
+            file, _, reason, values = broken[0]
+            raise ValueError(
+                f"ingest.files.{name}: {len(broken)} broken row(s), e.g. in {file}: {reason}: {values}. Mend the file"
+            )
+        found = db.sql(f'select * from {name} order by ":file", ":row"').to_arrow_table().select(columns)
+    for absent in set(names) - set(found.column_names):
+        found = found.append_column(absent, pa.nulls(len(found), UTC if absent == "created_at" else pa.string()))
+    return found.sort_by(key)
+
+
+def _gather(
+    db: duckdb.DuckDBPyConnection, name: str, table: TableConfig, files: list[File], required: tuple[str, ...]
+) -> list[str]:
+    """Tables NAME (file, row, the columns) and NAME_broken (file, row, reason, values), batch by batch.
+
+    Returns the columns: the canonical ones that are there, then the features.
+    """
+    columns: list[str] = []
+    db.execute(f'create table {name}_broken (":file" varchar, ":row" bigint, ":reason" varchar, "values" varchar)')
+    for at, file in enumerate(files):
+        theirs = _theirs(name, table, file, required)
+        if columns and columns != list(theirs):
+            raise ValueError(
+                f"ingest.files.{name}: {file.name} has {list(theirs)}, the files before it {columns}; "
+                "give all files of a table the same columns"
+            )
+        columns = list(theirs)
+        named = ", ".join(f"{_name(f':{column}')} as {_name(column)}" for column in columns)
+        values = ", ".join(f"{_name(given)} := {_name(given)}" for given in dict.fromkeys(theirs.values()))
+        torn: list[str] = []
+        row, made = 0, at > 0
+        for batch in file.batches(list(dict.fromkeys(theirs.values())), torn):
+            staged = _staged(batch.schema, theirs, table, f"ingest.files.{name}: {file.name}")
+            db.register("batch", pa.Table.from_batches([batch]))
+            db.execute(
+                f'create temp view staged as select *, {row} + row_number() over () - 1 as ":row", {staged} from batch'
+            )
+            whole = f'select {at} as ":file", ":row", {named} from staged where ":reason" is null'
+            db.execute(f"insert into {name} {whole}" if made else f"create table {name} as {whole}")
+            broken = f'select ?, ":row", ":reason", struct_pack({values})::varchar from staged'
+            db.execute(f'insert into {name}_broken {broken} where ":reason" is not null', [file.name])
+            db.execute("drop view staged")
+            db.unregister("batch")
+            row, made = row + len(batch), True
+        if torn:
+            db.register("lines", pa.table({"line": torn}))
+            db.execute(f"insert into {name}_broken select ?, null, 'line is torn', line from lines", [file.name])
+            db.unregister("lines")
+    return columns
+
+
+def _theirs(name: str, table: TableConfig, file: File, required: tuple[str, ...]) -> dict[str, str]:
+    """Our name -> the file's name of every column that is read. Raises ValueError where one is not there."""
+    there = file.columns()
+    theirs = {}
+    for ours in NAMES[name]:
+        given = table.columns.get(ours, ours)
+        if given in there:
+            theirs[ours] = given
+        elif ours in table.columns or ours in required:
+            raise ValueError(
+                f"ingest.files.{name}: {file.name} has no column {given!r} for {ours}; it has {there}. "
+                f"Map it: ingest.files.{name}.columns: {{{ours}: …}}"
+            )
+    for feature in (*table.categorical, *table.numeric):
+        if feature not in there:
+            raise ValueError(
+                f"ingest.files.{name}: {file.name} has no column {feature!r}; it has {there}. "
+                "Mend `categorical` or `numeric`, or the file"
+            )
+        if feature in theirs:
+            raise ValueError(f"ingest.files.{name}: {feature!r} is a canonical column, and no feature besides")
+        theirs[feature] = feature
+    return theirs
+
+
+# ---- values -----------------------------------------------------------------------------------------------------
+
+
+def _staged(schema: pa.Schema, theirs: dict[str, str], table: TableConfig, where: str) -> str:
+    """SQL: each column as ":NAME" in its canonical type, and as ":reason" why a row is broken, or null."""
+    values, reasons = [], []
+    for ours, given in theirs.items():
+        kind = schema.field(given).type
+        if pa.types.is_nested(kind) and ours != "tags":
+            raise ValueError(f"{where}: column {given!r} is {kind}; a list can be the tags of the items alone")
+        value, reason = _value(_name(given), kind, ours, ours in table.numeric)
+        values.append(f"{value} as {_name(f':{ours}')}")
+        reasons += [f"when {broken} then {_text(f'{given} is {told}')}" for told, broken in reason.items()]
+    told = f"case {' '.join(reasons)} end" if reasons else "null::varchar"
+    return ", ".join(values) + f', {told} as ":reason"'
+
+
+def _name(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+def _text(words: str) -> str:
+    return "'" + words.replace("'", "''") + "'"
+
+
+def _value(column: str, kind: pa.DataType, ours: str, numeric: bool) -> tuple[str, dict[str, str]]:
+    """SQL for the canonical value; and what is wrong with it -> SQL for where. Empty text is no value."""
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    given = f"nullif(trim({column}), '')" if text else column
+    number = f"try_cast({given} as double)"
+    if numeric:
+        bucket = f"try_cast(if({number} > 2, floor(ln({number}) ** 2), trunc({number})) as bigint)::varchar"
+        return f"if(isfinite({number}), {bucket}, null)", {"no number": f"{given} is not null and {number} is null"}
+    match ours:
+        case "user_id" | "item_id":
+            value = f"try_cast({given} as bigint)"
+            return value, {"missing": f"{given} is null", "no whole number of 64 bits": f"{value} is null"}
+        case "label":
+            value = f"coalesce({number}, try_cast({given}::varchar as boolean)::double)"  # false and true will do
+            wrong = {"missing": f"{given} is null", "neither 0 nor 1": f"{value} is null or {value} not in (0, 1)"}
+            return f"try_cast({value} as tinyint)", wrong
+        case "timestamp" | "created_at":
+            value, wrong = _time(given, kind, text)
+            # an item may be without a time of arrival, an event without its time is none
+            return value, {**({"missing": f"{given} is null"} if ours == "timestamp" else {}), **wrong}
+        case "split":
+            return f"{given}::varchar", {"no part": f"{given} is null or {given}::varchar not in {PARTS}"}
+        case "tags" if pa.types.is_nested(kind):
+            return f"{given}::varchar[]", {}
+    return f"{given}::varchar", {}
+
+
+def _time(given: str, kind: pa.DataType, text: bool) -> tuple[str, dict[str, str]]:
+    """A timestamp with a zone, an ISO text with one, or whole seconds since 1970."""
+    seconds = f"make_timestamptz(try_cast({given} as bigint) * 1000000)"
+    if pa.types.is_timestamp(kind):
+        naive = "true" if kind.tz is None else "false"
+        return f"{given}::timestamptz", {"a time without a zone": f"{given} is not null and {naive}"}
+    if not text:
+        return seconds, {"no time": f"{given} is not null and {seconds} is null"}
+    zoned = f"regexp_matches({given}, '{ZONE}')"
+    value = f"if(try_cast({given} as bigint) is null, try_cast({given} as timestamptz), {seconds})"
+    return value, {
+        "no time": f"{given} is not null and {value} is null",
+        "a time without a zone": f"{given} is not null and try_cast({given} as bigint) is null and not {zoned}",
+    }
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class File:
+    """One parquet, CSV or TSV file (the latter two also compressed) of a filesystem that fsspec knows."""
+
+    system: Any
+    path: str
+
+    @property
+    def name(self) -> str:
+        return str(self.system.unstrip_protocol(self.path)).removeprefix("file://")
+
+    @property
+    def separator(self) -> str | None:
+        """None: parquet. Raises ValueError on another ending."""
+        for ending, separator in SEPARATORS.items():
+            if ending in posixpath.basename(self.path):
+                return separator
+        if self.path.endswith(".parquet"):
+            return None
+        raise ValueError(f"{self.name}: files end in .parquet, .csv, .tsv, .csv.gz or .tsv.gz; rename it")
+
+    def columns(self) -> list[str]:
+        if self.separator is None:
+            return self._parquet(lambda file: file.schema_arrow.names)
+        with self._csv(None, []) as reader:
+            return list(reader.schema.names)
+
+    def batches(self, columns: list[str], torn: list[str]) -> Iterator[pa.RecordBatch]:
+        """The columns, as they are in parquet and as text in CSV; lines of another width go to `torn`."""
+        if self.separator is None:
+            with self.system.open(self.path) as opened:
+                try:
+                    yield from pq.ParquetFile(opened).iter_batches(BATCH, columns=columns)
+                except (pa.ArrowInvalid, OSError) as error:
+                    raise ValueError(f"{self.name} is no whole parquet file: {error}. Write it again") from None
+            return
+        with self._csv(columns, torn) as reader:
+            try:
+                yield from reader
+            except (pa.ArrowInvalid, OSError, EOFError) as error:
+                raise ValueError(f"{self.name} cannot be read whole: {error}. Mend the file") from None
+
+    def table(self) -> pa.Table:
+        return self._parquet(lambda file: file.read())
+
+    def _parquet(self, ask: Callable[[pq.ParquetFile], Any]) -> Any:
+        try:
+            with self.system.open(self.path) as opened:
+                return ask(pq.ParquetFile(opened))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.name} is no whole parquet file: {error}. Write it again") from None
+
+    def _csv(self, columns: list[str] | None, torn: list[str]) -> csv.CSVStreamingReader:
+        def note(row: csv.InvalidRow) -> str:
+            torn.append(str(row.text))
+            return "skip"
+
+        opened = self.system.open(self.path, compression="infer")
+        try:
+            names = None if columns is None else dict.fromkeys(columns, pa.string())
+            return csv.open_csv(
+                opened,
+                csv.ReadOptions(use_threads=False, block_size=BLOCK),
+                csv.ParseOptions(delimiter=self.separator, invalid_row_handler=note),
+                csv.ConvertOptions(include_columns=columns, column_types=names, strings_can_be_null=False),
+            )
+        except (pa.ArrowInvalid, OSError, EOFError) as error:
+            raise ValueError(f"{self.name} cannot be read: {error}. Mend the file") from None
+
+
+def _files(raw: str, table: str, path: str) -> list[File]:
+    """The files of a path or glob below `raw`, by name. Raises ValueError where there is none."""
+    url = path if "://" in path or posixpath.isabs(path) else posixpath.join(raw, path)
+    try:
+        system, pattern = fsspec.core.url_to_fs(url)
+        found = sorted(system.glob(pattern)) if set("*?[") & set(path) else [pattern] if system.isfile(pattern) else []
+    except ImportError as error:  # a filesystem whose package is not installed
+        raise ValueError(f"ingest.files.{table}: {url} cannot be opened: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"ingest.files.{table}: {url} cannot be opened: {error}. Mend the path or the access"
+        ) from None
+    if not found:
+        raise ValueError(f"ingest.files.{table}: no file at {url}; mend ingest.files.{table}.path or ingest.raw")
+    return [File(system, file) for file in found]
+
+
+def _vectors(raw: str, name: str, path: str) -> pa.Table:
+    return pa.concat_tables(
+        [file.table().select(["item_id", "vector"]) for file in _files(raw, f"vectors.{name}", path)]
+    )
