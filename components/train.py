@@ -10,6 +10,7 @@ under .scratch, and is dropped when the run is done. Under torchrun see `compone
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -254,6 +255,7 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
     start  hash of what the weights were begun from
     """
     device = next(model.parameters()).device
+    keep_freed_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     data = data.to(device, stream=not fits(data.row_bytes, device))
@@ -300,6 +302,15 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
                 f"logloss {logloss:.4f}{speed}"
             )
     return state, sum(seconds) / len(seconds) if seconds else 0.0
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees: else the kernel takes it back, and clears and maps it again for the next one."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def fits(row_bytes: int, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from components.config import load
 from components.dataset import Dataset
 from components.parallel import Ranks
-from components.train import State, TrainConfig, _compiled, adam, train_step
+from components.train import State, TrainConfig, _compiled, adam, keep_freed_memory, train_step
 from models.registry import PRESETS, build
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema
 
@@ -36,6 +36,7 @@ class Training:
         family = preset.split("/")[0]
         network = PRESETS[preset]
         config = replace(load(ROOT / "params.yaml", f"train.{family}", TrainConfig), network=network, **changes)
+        keep_freed_memory()
         torch.manual_seed(7)
         self.config, self.data = config, data
         self.model = build(family, network, data.schema).to(data.device).train()
