@@ -3,11 +3,10 @@
     loss        of the whole batch on every rank: logits are gathered, and gradients flow into the rank's own
     BatchNorm   mean and variance of the whole batch
     gradients   summed over ranks, so that clipping and Adam do the same everywhere
-    dropout     each rank draws for its own rows: as good as one process's masks, but not the same ones
+    dropout     every rank draws the masks of the whole batch and takes its rows' (`models.layers.part_of_batch`)
 
-Without dropout, N processes differ from one by the order of float sums alone. Without torchrun nothing here does a
-thing. Gloo on CPUs, NCCL on GPUs; what the host has to agree on (to stop) always goes through Gloo, so that no step
-waits for a GPU.
+N processes differ from one by the order of float sums alone. Without torchrun nothing here does a thing. Gloo on CPUs,
+NCCL on GPUs; what the host has to agree on (to stop) always goes through Gloo, so that no step waits for a GPU.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from components.artifacts import file_hash, new_file, new_folder, write_json
 from components.dataset import Dataset
 from components.parallel import Ranks, local_rank, ranks, with_whole_batch_norms
 from components.warm_start import Start, take_weights
-from models.layers import Ranker
+from models.layers import Ranker, part_of_batch
 from models.metrics import auc
 from models.registry import Checkpoint, build, save
 from models.schema import Batch, Logits
@@ -305,7 +305,7 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees: else the kernel takes it back, and clears and maps it again for the next one."""
+    """Have glibc keep what a step frees: else the kernel takes it back, and clears and maps it again for the next."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
@@ -386,7 +386,7 @@ def train_epoch(
         initial=progress.step, disable=True if here.rank else None,
     )  # fmt: skip
     for chunk, batch in shown:
-        torch.manual_seed(_seed(config.seed, progress.epoch, progress.step, here.rank))
+        torch.manual_seed(_seed(config.seed, progress.epoch, progress.step))
         loss = train_step(config, state, forward, data, batch, here, len(chunk))
         state.loss_S[progress.step] = loss * len(chunk)
         progress.step += 1
@@ -413,7 +413,8 @@ def train_step(
 ) -> Tensor:
     """One step on a batch of `rows` rows, of which `batch` holds the rank's. Returns the loss of all, float64."""
     assert batch.label_B is not None
-    with torch.autocast(data.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    half = torch.autocast(data.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    with half, part_of_batch(here.share(rows).start, rows) if here.size > 1 else nullcontext():
         logits = forward(batch, data.catalog, data.click_log)
     logits = Logits(logits.logit_B.float(), tuple(part_B.float() for part_B in logits.parts_B))
     loss = state.model.loss(*here.gather(logits, batch.label_B, rows))

@@ -13,7 +13,9 @@ Shapes: those of `models.schema`, and d embedding width, N any rows, U distinct 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -117,19 +119,38 @@ def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
     return seen_I.nonzero().squeeze(1), (seen_I.cumsum(0) - 1)[rows_N]
 
 
+_rows_before, _rows_in_all = 0, 0
+
+
+@contextmanager
+def part_of_batch(start: int, rows: int) -> Iterator[None]:
+    """While it lasts, a batch is the rows from `start` on of one of `rows` rows: its masks are that part of the whole's.
+
+    So several processes, each with its part, draw what one process with all rows draws from the same seed.
+    """
+    global _rows_before, _rows_in_all
+    _rows_before, _rows_in_all = start, rows
+    try:
+        yield
+    finally:
+        _rows_before, _rows_in_all = 0, 0
+
+
 def keep_mask(x: Tensor, rate: float) -> Tensor:
-    """Shape and dtype of x: 0 with probability `rate`, else 1 / (1 − rate).
+    """Shape (rows first) and dtype of x: 0 with probability `rate`, else 1 / (1 − rate).
 
     On a CPU `rate` is rounded to 1/32768 and four entries share one 64-bit random number: torch's own dropout draws
     one number an entry and is the slowest step of a network there.
     """
+    shape = (_rows_in_all or x.shape[0], *x.shape[1:])
+    own = slice(_rows_before, _rows_before + x.shape[0])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty_like(x).bernoulli_(1 - rate).div_(1 - rate)
-    dropped = round(rate * 2**15)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        return x.new_empty(shape).bernoulli_(1 - rate)[own].div_(1 - rate)
+    dropped, count = round(rate * 2**15), prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     # Of 16 random bits the lower 15, from 0 on: under `dropped` the difference's sign bit spreads to 0, else to -1.
-    minus_kept = (dropped - 1 - bits[: x.numel()].bitwise_and_(2**15 - 1)).bitwise_right_shift_(15)
-    return minus_kept.view(x.shape).to(x.dtype).mul_(-(2**15) / (2**15 - dropped))
+    minus_kept = (dropped - 1 - bits[:count].view(shape)[own].bitwise_and_(2**15 - 1)).bitwise_right_shift_(15)
+    return minus_kept.to(x.dtype).mul_(-(2**15) / (2**15 - dropped))
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -40,8 +40,7 @@ class World:
         values = {
             "seed": 1, "batch_size": 128, "max_epochs": 2, "patience": 4, "lr": 0.01, "lr_factor": 0.5,
             "lr_patience": 0, "min_lr": 1e-6, "embedding_l2": 1e-6, "network_l2": 0.0, "ema": 0.0,
-            "clip_norm": 1.0, "device": "cpu",
-            "precision": "fp32", "compile": False, "network": network,
+            "clip_norm": 1.0, "device": "cpu", "precision": "fp32", "compile": False, "network": network,
         }  # fmt: skip
         config = TrainConfig(**(values | changes))
         (self.root / "params.yaml").write_text(yaml.safe_dump({"train": {model: asdict(config)}}))
@@ -89,9 +88,9 @@ def world(tmp_path, raw_rows, write_dataset) -> World:
         ("sdcnv3", 3, 779),  # 2 × 779 + 2: in the last step one of the three has no row
     ],
 )
-def test_several_processes_learn_what_one_does(world, dropless, model, processes, batch_size) -> None:
+def test_several_processes_learn_what_one_does(world, networks, model, processes, batch_size) -> None:
     """Every figure of every epoch, the gradient clipped in most steps, BatchNorm's statistics, and every score."""
-    world.config(model, dropless[model], batch_size=batch_size, max_epochs=3)
+    world.config(model, networks[model], batch_size=batch_size, max_epochs=3)
     world.train(model, "one")
     said = world.train(model, "many", processes)
     for one, many in zip(world.history("one"), world.history("many"), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.layers import dropout, keep_mask
+from models.layers import dropout, keep_mask, part_of_batch
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -32,6 +32,18 @@ def test_a_seed_replays_the_mask_whatever_the_shape(shape):
     torch.manual_seed(1)
     assert torch.equal(dropout(x, 0.4, True), first)
     assert first.shape == x.shape
+
+
+def test_parts_of_a_batch_get_their_rows_of_the_whole_mask():
+    x = torch.zeros(7, 3, 5)
+    torch.manual_seed(1)
+    whole = keep_mask(x, 0.4)
+    for start, end in ((0, 7), (0, 3), (3, 7), (6, 7), (4, 4)):
+        torch.manual_seed(1)
+        with part_of_batch(start, 7):
+            assert torch.equal(keep_mask(x[start:end], 0.4), whole[start:end])
+    torch.manual_seed(1)
+    assert torch.equal(keep_mask(x, 0.4), whole)
 
 
 def test_does_nothing_in_eval_mode_or_at_rate_zero():
