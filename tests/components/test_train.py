@@ -373,7 +373,8 @@ def test_a_run_stopped_in_validation_does_not_train_the_epoch_again(run, config,
 
 
 def test_the_first_signal_is_noted_and_the_second_acts() -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler  # a test run in the background of a shell ignores SIGINT
+    signal.signal(signal.SIGINT, before)
     with train._asked_to_stop() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGINT)
