@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from time import monotonic
+from datetime import timedelta
+from time import monotonic, time
 from typing import Any
 
 THREADS = 8
@@ -65,12 +68,21 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
     try:
         from feast import FeatureStore  # seconds, so only a server that has a store pays for it
 
+        os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
+        sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
         store = FeatureStore(repo_path=repo)
         service = store.get_feature_service("serving")
+        ttl = {
+            feature.name: (store.get_feature_view(view.name).ttl or timedelta()).total_seconds()
+            for view in service.feature_view_projections
+            for feature in view.features
+        }
 
         def fetch(user_id: int) -> dict[str, Any]:
-            rows = store.get_online_features(features=service, entity_rows=[{"user_id": user_id}]).to_dict()
-            return {name: values[0] for name, values in rows.items() if name != "user_id"}
+            answer = store.get_online_features(features=service, entity_rows=[{"user_id": user_id}])
+            row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
+            now = time()  # Feast does not hold online values to their time to live
+            return {name: None if 0 < ttl[name] < now - row[f"{name}__ts"] else row[name] for name in ttl}
 
         fetch(0)  # opens the connection, outside of any request's time limit
     except Exception:

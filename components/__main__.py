@@ -232,6 +232,35 @@ def smoke(
 
 
 @app.command()
+def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
+    """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive."""
+    from components import push as step
+    from components.config import load
+    from components.features import FeaturesConfig
+
+    console.print(f"pushed {step.run(load(params, 'features', FeaturesConfig), repo):,} clicks")
+
+
+@app.command()
+def replay(
+    canonical: Canonical = Path("data/canonical"),
+    features: Features = Path("data/features"),
+    repo: Repo = Path("feature_repo"),
+    params: Params = PARAMS,
+    rows: Annotated[int, typer.Option(help="Past impressions, drawn at random, each at its own moment.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 7,
+) -> None:
+    """Whether past impressions were served the features that training sees: by feature, offline against online."""
+    from components import replay as step
+    from components.config import load
+    from components.features import FeaturesConfig
+
+    config = load(params, "features", FeaturesConfig)
+    if step.run(config, canonical, features, repo, rows=rows, seed=seed):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("artifacts/report.html")) -> None:
     """What the last run found, as a table here and as a page with plots."""
     from components import report as step
@@ -349,7 +378,7 @@ def _disk_full(error: BaseException | None) -> bool:
 STAGES: dict[str, Callable[..., None]] = {
     command.callback.__name__: command.callback
     for command in app.registered_commands
-    if command.callback is not None and command.callback not in (report, use, promote, rollback)
+    if command.callback is not None and command.callback not in (push, replay, report, use, promote, rollback)
 }
 
 if __name__ == "__main__":

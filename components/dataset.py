@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from components.artifacts import file_hash, new_folder, read_json, write_json
 from components.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
@@ -31,7 +30,9 @@ from components.splits import SplitConfig, split_rows
 from models.registry import load_encoder, save_encoder
 from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
 
-JOIN_ROWS = 50_000  # impressions joined at once
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
 TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -227,37 +228,21 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     from components.contracts import attributes
     from components.features import feature_store, popularity_level
 
-    entities = pa.table(
-        {
-            "row_id": np.arange(len(events)),
-            "user_id": events["user_id"],
-            "item_id": events["item_id"],
-            "event_timestamp": events["timestamp"],
-        }
-    )
     last = pc.max(events["timestamp"])
     every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
+    impressions = events.select(["user_id", "item_id", "timestamp"]).rename_columns(
+        ["user_id", "item_id", "event_timestamp"]
+    )
     with feature_store(repo) as store:
         print(f"point-in-time join of {len(events):,} impressions", flush=True)
-        service = store.get_feature_service("training")
-        # Feast joins a row with every older row of its keys before it keeps the newest: in parts, memory stays bounded.
-        table = pa.concat_tables(
-            store.get_historical_features(entity_df=part.to_pandas(), features=service).to_arrow()
-            for start in tqdm(range(0, len(events), JOIN_ROWS), "join", unit="part", disable=None)
-            if len(part := entities.slice(start, JOIN_ROWS))
-        )
-        known = store.get_historical_features(
-            entity_df=every_item.to_pandas(), features=store.get_feature_service("catalog")
-        ).to_arrow()
-    table = table.sort_by("row_id")  # no offline store keeps the order
-    if not np.array_equal(table["row_id"].to_numpy(), np.arange(len(events))):
-        raise ValueError(f"dataset: {len(events)} impressions went into Feast's join, {len(table)} came back")
+        table = point_in_time(store, "training", impressions)
+        known = point_in_time(store, "catalog", every_item)
     fields: dict[str, pa.ChunkedArray] = {"user_id": events["user_id"]}
     origin = {"user_id": "user"}
     profile = [
         name
         for name in table.column_names
-        if name not in {*entities.column_names, "clicks_start", "clicks_end", "views", "clicks"}
+        if name not in {*impressions.column_names, "clicks_start", "clicks_end", "views", "clicks"}
     ]
     for name in profile:
         fields[name], origin[name] = table[name], "user"
@@ -290,6 +275,19 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
         fields=fields,
     )
     return joined, found
+
+
+def point_in_time(store: FeatureStore, service: str, rows: pa.Table) -> pa.Table:
+    """The rows, keys and event_timestamp, each with the features of a Feast service as known at its time.
+
+    Raises ValueError where Feast gives back other rows than it was given.
+    """
+    entities = rows.append_column("row_id", pa.array(np.arange(len(rows))))
+    job = store.get_historical_features(entity_df=entities.to_pandas(), features=store.get_feature_service(service))
+    table = job.to_arrow().sort_by("row_id")  # no offline store keeps the order
+    if not np.array_equal(table["row_id"].to_numpy(), np.arange(len(rows))):
+        raise ValueError(f"dataset: {len(rows)} rows went into Feast's join, {len(table)} came back")
+    return table.drop_columns("row_id")
 
 
 def fit(

@@ -6,12 +6,16 @@ user_clicks       at each click: where the user's history lies in the click log,
 user_history      the newest clicks themselves, for serving
 item_popularity   views and clicks of the last whole days, known from the next midnight on
 item_embedding    the fused vector, known from the item's creation on
+
+Where events say when they arrived (`created_at`), nothing is known before that: a click that comes late is in no
+history of an impression before its arrival, and in every history after it stands where it became known.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -28,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.artifacts import read_json, write_json
-from components.contracts import HISTORY, USERS, UTC, Canonical, attributes, read_parquet
+from components.contracts import ARRIVAL, HISTORY, USERS, UTC, Canonical, attributes, read_parquet
 from components.validate import require
 
 if TYPE_CHECKING:
@@ -100,6 +104,8 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
     events = data.events()
     lag_us = config.availability_lag_seconds * SECOND
     with duckdb.connect() as db:
+        never_late = pa.repeat(pa.scalar(None, UTC), len(events))
+        arrival = events[ARRIVAL] if ARRIVAL in events.column_names else never_late
         db.register(
             "events",
             pa.table(
@@ -108,22 +114,21 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
                     "item_id": events["item_id"],
                     "label": events["label"],
                     "us": events["timestamp"].cast(pa.int64()),
+                    "arrival": arrival.cast(pa.int64()).fill_null(0),
                 }
             ),
         )
-        # Clicks once, by user and time; a row's position in this order is what every history points at.
-        db.execute(
-            "create table clicks as select user_id, item_id, us, "
-            "row_number() over (order by user_id, us, item_id) - 1 as position from events where label = 1"
-        )
+        # Clicks once, by user and by when they are known; a row's position in this order is what every history
+        # points at.
+        db.execute(CLICKS, {"second": SECOND, "lag": lag_us})
 
         def ask(query: str, **values: int) -> pa.Table:
             return _known_at(db.sql(query, params=values).to_arrow_table())
 
         tables = {
             "click_log": db.sql("select user_id, item_id, us from clicks order by position").to_arrow_table(),
-            "user_clicks": ask(USER_CLICKS, second=SECOND, lag=lag_us),
-            "user_history": ask(USER_HISTORY, second=SECOND, lag=lag_us, length=config.history_length),
+            "user_clicks": ask(USER_CLICKS),
+            "user_history": ask(USER_HISTORY, length=config.history_length),
             "item_popularity": ask(ITEM_POPULARITY, day=DAY, lag=lag_us, days=config.popularity_days),
         }
     if (histories := data.histories()) is not None:
@@ -184,16 +189,25 @@ def given_histories(config: FeaturesConfig, events: pa.Table, histories: pa.Chun
 SECOND = 1_000_000  # microseconds, as in the canonical timestamps
 DAY = 86_400 * SECOND
 
+CLICKS = """
+    create table clicks as
+    select *, row_number() over (order by user_id, known, us, item_id) - 1 as position
+    from (
+        select user_id, item_id, us, greatest((us // $second + 1) * $second + $lag, arrival) as known
+        from events
+        where label = 1
+    )
+"""
+
 USER_CLICKS = """
-    select user_id, min(first) as clicks_start, max(position) + 1 as clicks_end,
-           (us // $second + 1) * $second + $lag as us
+    select user_id, min(first) as clicks_start, max(position) + 1 as clicks_end, known as us
     from (select *, min(position) over (partition by user_id) as first from clicks)
-    group by user_id, us // $second
+    group by user_id, known
     order by user_id, us
 """
 
 USER_HISTORY = """
-    select user_id, list(item_id order by position) as history, (max(us) // $second + 1) * $second + $lag as us
+    select user_id, list(item_id order by position) as history, max(known) as us
     from (select *, row_number() over (partition by user_id order by position desc) as age from clicks)
     where age <= $length
     group by user_id
@@ -201,12 +215,16 @@ USER_HISTORY = """
 """
 
 # A running sum over the days on which something enters the window or leaves it: rows grow with events, not with days.
+# A late event enters at the first midnight after its arrival, and leaves with its own day.
 ITEM_POPULARITY = """
     with daily as (
-        select item_id, us // $day as day, count(*) as views, sum(label)::bigint as clicks from events group by all
+        select item_id, us // $day as day, greatest(us // $day, (arrival - $lag - 1) // $day) as enters,
+               count(*) as views, sum(label)::bigint as clicks
+        from events
+        group by all
     ), steps as (
-        select item_id, day, views, clicks from daily
-        union all select item_id, day + $days, -views, -clicks from daily
+        select item_id, enters as day, views, clicks from daily where enters < day + $days
+        union all select item_id, day + $days, -views, -clicks from daily where enters < day + $days
     ), sums as (
         select item_id, day, sum(views) as views, sum(clicks) as clicks from steps group by all
     )
@@ -239,16 +257,22 @@ def feature_store(repo: Path) -> Iterator[FeatureStore]:
     if not (repo / "feature_store.yaml").is_file():
         raise ValueError(f"{repo}/feature_store.yaml is not there; name the Feast repo's folder")
     logging.getLogger("feast").setLevel(logging.WARNING)
+    os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
     from feast import FeatureStore
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # Ibis warns of its own calls, once a query
     with contextlib.chdir(repo):
-        yield FeatureStore(repo_path=".")
+        sys.path.append(str(Path.cwd()))  # as Feast's own command does: feature_store.yaml names a class of asof.py
+        try:
+            store = FeatureStore(repo_path=".")
+        finally:
+            sys.path.pop()
+        yield store
 
 
 def apply(store: FeatureStore, output: Path) -> None:
     """Register the repo's definitions, as `feast apply` does. Raises ValueError where a source is not `output`'s."""
-    from feast import FileSource
+    from feast import FileSource, PushSource
     from feast.repo_operations import parse_repo
 
     sys.path.insert(0, str(Path.cwd()))
@@ -261,6 +285,8 @@ def apply(store: FeatureStore, output: Path) -> None:
             if str(getattr(sys.modules[name], "__file__", "")).startswith(f"{Path.cwd()}/"):
                 del sys.modules[name]
     for source in found.data_sources:
+        if isinstance(source, PushSource):  # Feast lists the file behind it too
+            continue
         assert isinstance(source, FileSource), "the repo's sources are parquet files"
         wanted = (output / "sources" / f"{source.name}.parquet").resolve()
         if Path(source.path).resolve() != wanted:

@@ -1,7 +1,8 @@
 """ingest: a source's raw files -> canonical events by day, users, items, modalities.
 
 What cannot be made canonical (a missing column, a wrong type, a time without a zone) stops here, before anything is
-written; what is canonical in form but wrong in content (an unknown item, a NaN) is judged by `validate`.
+written; a row that is wrong by itself (an unknown item, a label of 2) goes to quarantine; what the rows say together,
+and what is wrong with items and vectors, is judged by `validate`.
 
 Every row that a source read is written to events, or counted under the reason why not: rows left out are in
 quarantine/. Where rows say when they arrived (`created_at`), days may be delivered again: user, item
@@ -111,6 +112,8 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     if given:
         _require_histories(config, raw, events)
     events, rejected, set_aside, unknown_yet = settle(config, raw, events)
+    events, wrong = keep_whole(events, users, items)
+    rejected |= wrong
     left_out = {reason: rows for reason, rows in (rejected | set_aside).items() if len(rows)}
     ledger = {
         "read": len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values()))) - unknown_yet,
@@ -157,6 +160,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             "items": len(items),
             "vectors": {name: len(table) for name, table in sorted(raw.modalities.items())},
             "rows": ledger,
+            "broken": {reason: len(rows) for reason, rows in rejected.items() if len(rows)},
             "unusual_days": days,
             **raw.facts,
         }
@@ -192,6 +196,21 @@ def settle(
         set_aside["corrected later"] = events.filter(pa.array(superseded & ~repeated))
         events = events.filter(pa.array(~superseded))
     return events, rejected, set_aside, unknown_yet
+
+
+def keep_whole(events: pa.Table, users: pa.Table, items: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """The events that have a label, a known user and a known item; and those that do not, by reason."""
+    wrong = {}
+    for column, known, reason in (
+        ("label", pa.array([0, 1], pa.int8()), "label is not 0 or 1"),
+        ("user_id", users["user_id"].combine_chunks(), "unknown user"),
+        ("item_id", items["item_id"].combine_chunks(), "unknown item"),
+    ):
+        is_known = pc.is_in(events[column], value_set=known, skip_nulls=True)
+        if len(left_out := events.filter(pc.invert(is_known))):
+            wrong[reason] = left_out
+        events = events.filter(is_known)
+    return events, wrong
 
 
 def versions(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:

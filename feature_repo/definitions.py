@@ -2,14 +2,18 @@
 
 Run Feast in this folder: the paths are relative to it. The stage `features` writes the sources and applies this file.
 Every event_timestamp is the moment from which a row may be known, so the point-in-time join needs no further lag.
+
+A time to live is measured from there: to an impression's time in training, to the clock in serving. Give one where
+old values mislead, and only to data of today: on last year's, serving would know nothing.
 """
 
 from datetime import timedelta
 
-from feast import Entity, FeatureService, FeatureView, Field, FileSource, ValueType
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.types import Array, Float32, Int64
 
 FOREVER = timedelta(0)  # no time to live: the newest row that may be known counts, however old
+HISTORY_TTL = FOREVER  # since a user's newest click; one number, so that training and serving forget alike
 
 
 def _source(name: str) -> FileSource:
@@ -25,7 +29,7 @@ user_profile = FeatureView(  # its columns are the source's own user attributes,
 user_clicks = FeatureView(  # a history as [clicks_start, clicks_end) of the click log: training moves two integers
     name="user_clicks",
     entities=[user],
-    ttl=FOREVER,
+    ttl=HISTORY_TTL,
     schema=[Field(name="clicks_start", dtype=Int64), Field(name="clicks_end", dtype=Int64)],
     online=False,
     source=_source("user_clicks"),
@@ -33,9 +37,10 @@ user_clicks = FeatureView(  # a history as [clicks_start, clicks_end) of the cli
 user_history = FeatureView(  # the same history as item ids, oldest first: what the server reads
     name="user_history",
     entities=[user],
-    ttl=FOREVER,
+    ttl=HISTORY_TTL,
     schema=[Field(name="history", dtype=Array(Int64))],
-    source=_source("user_history"),
+    # `python -m components push` adds the clicks of the day; the next materialization has them from the source
+    source=PushSource(name="fresh_history", batch_source=_source("user_history")),
 )
 item_popularity = FeatureView(  # of the whole days before
     name="item_popularity",

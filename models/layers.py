@@ -124,7 +124,7 @@ _rows_before, _rows_in_all = 0, 0
 
 @contextmanager
 def part_of_batch(start: int, rows: int) -> Iterator[None]:
-    """While it lasts, a batch is the rows from `start` on of one of `rows` rows: its masks are that part of the whole's.
+    """Until it ends, a batch is the rows from `start` on of one of `rows` rows: masks are that part of the whole's.
 
     So several processes, each with its part, draw what one process with all rows draws from the same seed.
     """

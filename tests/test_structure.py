@@ -28,7 +28,7 @@ ALLOWED = {
     "dags": {"airflow"},
     "models": {"models", "torch", "safetensors"},
     "bento": {"bento", "models", "bentoml", "pydantic", "starlette", "torch", "safetensors", "feast", "numpy"},
-    "feature_repo": {"feast"},
+    "feature_repo": {"feast", "ibis", "pandas"},
 }
 
 

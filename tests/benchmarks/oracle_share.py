@@ -1,13 +1,14 @@
-"""How much of what can be known the models learn: their share of the oracle's AUC - 0.5 on a simulated world's test day.
+"""How much of what can be known the models learn: their share of the oracle's AUC - 0.5 on a simulated test day.
 
 The oracle scores with the true click probability: it knows today's fashion and every user's interests of today, which
-no log tells. So some share is out of reach; `--sharpness 4`, the demo's world, shows how much (see docs/results.md).
+no log tells. The first table shows what that is worth: the shares of scorers who know the truth of the training days,
+every item and all else, without noise.
 
     python tests/benchmarks/oracle_share.py                                     # 3.6M impressions, both models
     python tests/benchmarks/oracle_share.py --impressions 300000 --model qin    # a small one
 
-Users and items grow with the impressions: 300 impressions a user, 600 an item. Ten days: eight train, one validates,
-one tests. What the models read is made by the project's stages; training is the project's trainer.
+Users and items grow with the impressions: 1,200 impressions a user, 2,400 an item. Ten days: eight train, one
+validates, one tests. What the models read is made by the project's stages; training is the project's trainer.
 """
 
 from __future__ import annotations
@@ -15,58 +16,61 @@ from __future__ import annotations
 import argparse
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from frame import build, run, say, settings, with_history
+import numpy as np
+from frame import ROOT, build, run, say, settings, with_history
 from harness import machine
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import roc_auc_score
 
+from components.contracts import ORACLE
 from components.dataset import DatasetConfig
 from components.features import FeaturesConfig
 from components.ingest import IngestConfig
+from components.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
 from components.train import TrainConfig
 from models import registry
 
-A_USER, AN_ITEM = 300, 600  # impressions
+A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items
 DAYS = 10
 HISTORY = {"qin": 64, "sdcnv3": 128}  # newest clicks that a model reads
-# What differs from params.yaml, chosen by the AUC of the valid day at 0.9M impressions.
-TRAIN = {
-    "qin": {"batch_size": 2048, "max_epochs": 5, "lr": 0.002, "embedding_l2": 1e-5},
-    "sdcnv3": {"batch_size": 2048, "max_epochs": 5, "lr": 0.001, "embedding_l2": 1e-5},
-}
-NETWORK = {"qin": {"exclude": []}, "sdcnv3": {}}
+# What differs from params.yaml, chosen by the AUC of the valid day.
+SHARED = {"batch_size": 2048, "max_epochs": 3, "lr": 0.002, "embedding_l2": 1e-5, "ema": 0.999}
+NETWORK: dict[str, dict[str, Any]] = {"qin": {"exclude": []}, "sdcnv3": {}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impressions", type=int, default=3_600_000, help="of all ten days together")
-    parser.add_argument("--model", nargs="+", choices=list(TRAIN), default=list(TRAIN))
+    parser.add_argument("--model", nargs="+", choices=list(NETWORK), default=list(NETWORK))
     parser.add_argument(
         "--sharpness", type=float, default=8.0, help="how much interests decide; the demo's world has 4"
     )
     parser.add_argument("--seed", type=int, default=7, help="of the models; the world's stays 7")
     asked = parser.parse_args()
 
+    source = world(asked.impressions, asked.sharpness)
+    known = Table("what is known of the test day", "test share", title="Limits")
+    for what, share in limits(source.simulator).items():
+        known.add_row(what, f"{share:.1%}")
+    Console(width=120).print(known)
     table = Table(
         "model", "valid share", "test share", "test AUC", "oracle", "epochs", "seconds", title="Share of the oracle"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        data = build(world(asked.impressions, asked.sharpness), *frame(), Path(scratch))
+        data = build(source, *frame(), Path(scratch))
         for name in asked.model:
-            config = settings(f"train.{name}", TrainConfig, seed=asked.seed, device="cpu", **TRAIN[name])
+            config = settings(f"train.{name}", TrainConfig, seed=asked.seed, device="cpu", **SHARED)
             config = replace(config, network=config.network | NETWORK[name])
             own = with_history(data, HISTORY[name])
-            _, found = run(name, lambda schema: registry.build(name, config.network, schema), config, own)
+            _, found = run(name, partial(registry.build, name, config.network), config, own)
             say(
-                {
-                    "model": name,
-                    "impressions": asked.impressions,
-                    "sharpness": asked.sharpness,
-                    **found,
-                    "machine": machine(),
-                }
+                {"model": name, "impressions": asked.impressions, "sharpness": asked.sharpness, **found}
+                | {"machine": machine()}
             )
             table.add_row(
                 name, f"{found['valid_share']:.1%}", f"{found['test_share']:.1%}", f"{found['test_auc']:.4f}",
@@ -77,7 +81,8 @@ def main() -> None:
 
 def world(impressions: int, sharpness: float) -> IngestConfig:
     """The demo's laws at another size."""
-    source = settings("ingest", IngestConfig, source="simulator", raw="components/sources/simulator.py", until=None)
+    code = str(ROOT / "components/sources/simulator.py")
+    source = settings("ingest", IngestConfig, source="simulator", raw=code, until=None)
     simulator = replace(
         source.simulator,
         days=DAYS,
@@ -87,6 +92,34 @@ def world(impressions: int, sharpness: float) -> IngestConfig:
         sharpness=sharpness,
     )
     return replace(source, simulator=simulator)
+
+
+def limits(simulator: SimulatorConfig) -> dict[str, float]:
+    """Shares of the true logit on the last day, where a part of it is not today's but as the training days had it."""
+    world, today, trained = World(simulator), simulator.days - 1, range(simulator.days - 2)
+    events = world.day(today)
+    user_B = (events["user_id"].to_numpy() - FIRST_USER) // STRIDE
+    item_B = (events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE
+    label_B, probability_B = events["label"].to_numpy(), events[ORACLE].to_numpy().astype(np.float64)
+    z_BK = world.z_IK[item_B]
+
+    def fashion(*days: int) -> np.ndarray:
+        return z_BK @ world.fashion_DK[list(days)].mean(axis=0)
+
+    def interests(*days: int) -> np.ndarray:
+        z_UK = np.mean([world.interests(day) for day in days], axis=0)
+        return simulator.sharpness * np.einsum("bk,bk->b", z_UK[user_B], z_BK)
+
+    oracle = roc_auc_score(label_B, probability_B)
+    without_B = np.log(probability_B / (1 - probability_B)) - fashion(today) - interests(today)
+    known = {
+        "all but today's fashion; yesterday's instead": fashion(today - 1) + interests(today),
+        "the last training day's fashion, two days old": fashion(trained[-1]) + interests(today),
+        "the mean fashion of the training days": fashion(*trained) + interests(today),
+        "the mean interests of the training days": fashion(today) + interests(*trained),
+        "the mean of both": fashion(*trained) + interests(*trained),
+    }
+    return {name: (roc_auc_score(label_B, without_B + part_B) - 0.5) / (oracle - 0.5) for name, part_B in known.items()}
 
 
 def frame() -> tuple[FeaturesConfig, DatasetConfig]:

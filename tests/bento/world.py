@@ -189,7 +189,7 @@ def make_store(world: World) -> Path:
     real = Path(__file__).parents[2] / "feature_repo"
     repo = world.root / "feature_repo"
     repo.mkdir()
-    for name in ("definitions.py", "feature_store.yaml"):
+    for name in ("asof.py", "definitions.py", "feature_store.yaml"):
         shutil.copy(real / name, repo / name)
     with feature_store(repo) as store:
         apply(store, world.features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ import torch
 
 from components import embed, ingest, sources, validate
 from components.artifacts import folder_hash, write_json
+from components.contracts import ARRIVAL
 from components.contracts import UTC as TIMESTAMP
 from components.dataset import Dataset
 from components.embed import EmbedConfig
@@ -55,9 +56,9 @@ UNTIL = "2024-03-09T00:00:00+00:00"  # the midnight after the last day
 VALIDATE = ValidateConfig(
     label_rate=(0.01, 0.95),
     max_age_hours=36,
-    volume_ratio=(0.2, 5.0),
-    volume_days=5,
-    volume_floor=100,
+    trailing_days=5,
+    spreads=5.0,
+    min_day_rows=100,
     max_missing_share=0.5,
 )
 
@@ -192,6 +193,17 @@ def hand_tables(seed: int = 0) -> RawTables:
     )
 
 
+def with_arrivals(raw: RawTables, seed: int = 0) -> RawTables:
+    """Most rows arrive within the second, some hours or days late, some do not say when."""
+    rng = np.random.default_rng(seed)
+    micro = raw.events["timestamp"].cast(pa.int64()).to_numpy()
+    delay = rng.choice(
+        [0, 300_000, 2 * 3_600_000_000, DAY * 1_000_000, 3 * DAY * 1_000_000], len(micro), p=[0.4, 0.3, 0.1, 0.1, 0.1]
+    )
+    arrival = pa.array(micro + delay, mask=rng.random(len(micro)) < 0.1).cast(TIMESTAMP)
+    return replace(raw, events=raw.events.append_column(ARRIVAL, arrival))
+
+
 @dataclass(frozen=True)
 class Folders:
     """A project's folders, as dvc.yaml lays them out; up to the embedding they are written."""
@@ -209,15 +221,15 @@ class Folders:
 def new_repo(folders: Folders) -> None:
     """A copy of the project's Feast repo."""
     folders.repo.mkdir(parents=True)
-    for name in ("definitions.py", "feature_store.yaml"):
+    for name in ("asof.py", "definitions.py", "feature_store.yaml"):
         shutil.copy(PROJECT / "feature_repo" / name, folders.repo / name)
 
 
-def prepare(raw: RawTables, root: Path) -> Folders:
+def prepare(raw: RawTables, root: Path, until: str | None = None) -> Folders:
     """Ingested, embedded, with a Feast repo. The report is the one that validate writes of data that passed."""
     folders = Folders(root)
     new_repo(folders)
-    ingest_tables(raw, folders.canonical)
+    ingest_tables(raw, folders.canonical, until)
     write_json(folders.report, {"passed": True, "canonical_sha256": folder_hash(folders.canonical)})
     config = EmbedConfig(dim=3, text_features=10, text_dim=3, seed=1, fit=None)
     embed.run(config, SPLIT, folders.canonical, folders.report, folders.embedding)

@@ -100,7 +100,7 @@ def test_unknown_nested_key_is_named_with_the_known_ones_there(edited: Callable[
         ("embed", lambda p: p["embed"].update(dim=None), "embed.dim is None: Input should be a valid integer"),
         ("validate", lambda p: p["validate"].update(label_rate=[0.1]), "validate.label_rate.1: missing"),
         ("validate", lambda p: p["validate"].update(label_rate=[0.9, 0.1]), "label_rate is [0.9, 0.1]; it must be"),
-        ("validate", lambda p: p["validate"].update(volume_days=0), "volume_days is 0; at least 1"),
+        ("validate", lambda p: p["validate"].update(trailing_days=0), "trailing_days is 0; at least 1"),
         ("split", lambda p: p["split"].update(test_share=0.5), "test_share is 0.5; it is a share"),
         ("embed", lambda p: p["embed"].update(dim=0), "dim is 0; it must be at least 1"),
         ("features", lambda p: p["features"].update(availability_lag_seconds=-1), "availability_lag_seconds is -1"),

@@ -6,9 +6,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC as ZONE
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +19,7 @@ import torch
 
 from components import dataset, features
 from components.artifacts import folder_hash
-from components.contracts import ORACLE, Canonical
+from components.contracts import ARRIVAL, ORACLE, UTC, Canonical
 from components.dataset import Dataset, DatasetConfig, Joined
 from components.features import popularity_level
 from components.sources import RawTables
@@ -201,17 +204,61 @@ def test_no_row_knows_of_a_later_event(
         assert len(moved) > 50 and not set(moved) & set(rows)
 
 
-def test_parts_of_the_join_are_one_join(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    canonical = Canonical(folders.canonical)
-    args = (canonical.events(), canonical.items()["item_id"], folders.repo)
-    whole, vectors = dataset.join(*args)
-    monkeypatch.setattr(dataset, "JOIN_ROWS", 101)
-    parts, same = dataset.join(*args)
-    assert np.array_equal(vectors, same)
-    for one, other in zip(whole, parts, strict=True):
-        if isinstance(one, np.ndarray):
-            assert np.array_equal(one, other)
-    assert {k: v.to_pylist() for k, v in whole.fields.items()} == {k: v.to_pylist() for k, v in parts.fields.items()}
+def test_a_late_correction_changes_no_byte_of_yesterdays_dataset(tmp_path: Path) -> None:
+    """Corrected labels and late clicks that are delivered at `until` or later are not known to its dataset."""
+    raw = hand_tables()
+    moment = raw.events["timestamp"].cast(pa.int64()).to_numpy()
+    until, end = ((START + day * DAY) * 1_000_000 for day in (7, DAYS + 1))
+
+    def delivery(rows: np.ndarray, arrival: np.ndarray | int, flip: bool) -> pa.Table:
+        events = raw.events.filter(pa.array(rows))
+        label = events["label"].to_numpy()
+        events = with_column(events, "label", 1 - label if flip else label, pa.int8())
+        return events.append_column(ARRIVAL, pa.array(np.broadcast_to(arrival, len(moment))[rows]).cast(UTC))
+
+    late = np.arange(len(moment)) % 11 == 0
+    early = delivery(~late, np.minimum(moment + 500_000, until - 1), flip=False)
+    later = [
+        delivery(late, until, flip=False),
+        delivery(~late & (np.arange(len(moment)) % 3 == 0), until + 5, flip=True),
+    ]
+    hashes = {}
+    for name, (tables, at) in {
+        "as it was": ([early], until),
+        "corrected since": ([*later, early], until),
+        "of a later day": ([*later, early], end),
+    }.items():
+        moment_of = datetime.fromtimestamp(at / 1e6, ZONE).isoformat()
+        made = prepare(replace(raw, events=pa.concat_tables(tables)), tmp_path / name, moment_of)
+        features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+        dataset.run(CONFIG, SPLIT, made.canonical, made.features, made.repo, made.dataset)
+        hashes[name] = folder_hash(made.dataset)
+    assert hashes["as it was"] == hashes["corrected since"] != hashes["of a later day"]
+
+
+class Unfaithful:
+    """A store whose join loses a row, or gives one twice: what other offline stores do."""
+
+    def __init__(self, rows: list[int]) -> None:
+        self._rows = rows
+
+    def get_feature_service(self, name: str) -> str:
+        return name
+
+    def get_historical_features(self, entity_df: pd.DataFrame, features: str) -> Unfaithful:
+        self._found = pa.Table.from_pandas(entity_df, preserve_index=False).take(self._rows)
+        return self
+
+    def to_arrow(self) -> pa.Table:
+        return self._found
+
+
+def test_rows_in_must_be_rows_out() -> None:
+    rows = pa.table({"user_id": [5, 6, 7]})
+    assert dataset.point_in_time(Unfaithful([2, 0, 1]), "training", rows).equals(rows)
+    for lost in ([0, 2], [0, 1, 2, 2], [0, 1, 1]):
+        with pytest.raises(ValueError, match=rf"3 rows went into Feast's join, {len(lost)} came back"):
+            dataset.point_in_time(Unfaithful(lost), "training", rows)
 
 
 # ---- vocabularies and catalog -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -17,7 +18,7 @@ import pytest
 
 from components import features
 from components.artifacts import read_json
-from components.contracts import Canonical
+from components.contracts import ARRIVAL, Canonical
 from components.features import FeaturesConfig, popularity_level
 from tests.components.small_world import (
     DAY,
@@ -31,6 +32,7 @@ from tests.components.small_world import (
     known_counts,
     plain_rows,
     prepare,
+    with_arrivals,
 )
 
 Sources = dict[str, list[dict]]
@@ -149,6 +151,40 @@ def test_the_rest_of_the_sources(written: Written, prepared: Folders, rows: list
         assert row["embedding"] == vectors[row["item_id"]]["embedding"]
         assert row["us"] == int(vectors[row["item_id"]]["created_at"].timestamp()) * 1_000_000
     assert end == datetime.fromtimestamp(max(r["us"] for t in found.values() for r in t) / 1e6, UTC)
+
+
+def test_nothing_is_known_before_it_arrived(tmp_path: Path) -> None:
+    """Histories and counts by the definition, where rows come late; the clicks lie as they became known."""
+    late = prepare(with_arrivals(hand_tables()), tmp_path)
+    events = Canonical(late.canonical).events()
+    rows = plain_rows(events)
+    arrival = [micro or 0 for micro in events[ARRIVAL].cast(pa.int64()).to_pylist()]
+    (tmp_path / "sources").mkdir()
+    features.write_sources(FEATURES, Canonical(late.canonical), late.embedding, tmp_path)
+    found, lag = sources(tmp_path), FEATURES.availability_lag_seconds * 1_000_000
+    known = [max((r.second + 1) * 1_000_000 + lag, came) for r, came in zip(rows, arrival, strict=True)]
+    clicks = sorted((r.user, at, r.micro, r.item) for r, at in zip(rows, known, strict=True) if r.label)
+    assert [(c["user_id"], c["us"], c["item_id"]) for c in found["click_log"]] == [(u, us, i) for u, _, us, i in clicks]
+    assert sum(one[0] == other[0] and one[2] > other[2] for one, other in pairwise(clicks)) > 20  # late ones matter
+    assert [(r["user_id"], r["us"]) for r in found["user_clicks"]] == sorted({(user, at) for user, at, _, _ in clicks})
+    for row in found["user_clicks"]:
+        history = [item for user, at, _, item in clicks if user == row["user_id"] and at <= row["us"]]
+        assert [c["item_id"] for c in found["click_log"][row["clicks_start"] : row["clicks_end"]]] == history
+    for row in found["user_history"]:
+        own = [c for c in clicks if c[0] == row["user_id"]]
+        assert row["history"] == [c[3] for c in own][-FEATURES.history_length :] and row["us"] == own[-1][1]
+    for item in {r.item for r in rows}:
+        own = [r for r in found["item_popularity"] if r["item_id"] == item]
+        for day in range(DAYS + 1):
+            moment, first = (START + day * DAY) * 1_000_000 + lag, day - FEATURES.popularity_days
+            window = [  # the whole days before that midnight: what had arrived by then
+                r.label
+                for r, came in zip(rows, arrival, strict=True)
+                if r.item == item and came <= moment and first <= (r.second - START) // DAY < day
+            ]
+            past = [r for r in own if r["us"] <= moment]
+            served = max(past, key=lambda r: r["us"], default={"views": 0, "clicks": 0})
+            assert (served["views"], served["clicks"]) == (len(window), sum(window))
 
 
 def test_users_without_attributes_are_known(prepared: Folders, tmp_path: Path) -> None:
@@ -278,7 +314,7 @@ def test_no_repo_at_all(tmp_path: Path) -> None:
 def test_queries_scale_with_events_and_not_with_days() -> None:
     """An item shown twice, ten years apart, has four rows of popularity: it enters and leaves the window, twice."""
     us = [START * 1_000_000, (START + 3650 * DAY) * 1_000_000]
-    events = pa.table({"item_id": [1, 1], "us": us, "label": pa.array([1, 0], pa.int8())})
+    events = pa.table({"item_id": [1, 1], "us": us, "label": pa.array([1, 0], pa.int8()), "arrival": [0, 0]})
     with duckdb.connect() as db:
         db.register("events", events)
         found = db.sql(features.ITEM_POPULARITY, params={"day": features.DAY, "lag": 0, "days": 7}).fetchall()

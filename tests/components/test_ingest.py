@@ -273,7 +273,7 @@ def deliveries(raw: RawTables, *rows: tuple[int, datetime, int, str, datetime | 
             "created_at": pa.array(arrival, pa.timestamp("us", tz="UTC")),
         }
     )
-    return replace(raw, events=events)
+    return replace(raw, events=events, users=with_column(raw.users, "user_id", list(range(len(raw.users)))))
 
 
 def test_a_day_delivered_again_counts_once_and_the_newest_row_of_an_impression_counts(

@@ -59,7 +59,7 @@ def test_the_commands_are_the_stages_and_what_lies_outside_the_graph() -> None:
 
     stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
     assert set(program.STAGES) == stages
-    assert set(COMMANDS) == stages | {"report", "use", "promote", "rollback"}
+    assert set(COMMANDS) == stages | {"push", "replay", "report", "use", "promote", "rollback"}
 
 
 @pytest.mark.parametrize("name", sorted(program.STAGES))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC as ZONE
 from datetime import datetime, timedelta
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +20,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from components import embed, features, validate
+from components import embed, features, frames, rules, validate
 from components.artifacts import write_json
 from components.contracts import Canonical
+from components.sources import simulator
 from components.splits import SplitConfig
 from components.validate import ValidateConfig
-from tests.components.small_world import PROJECT, VALIDATE, ingest_simulator, with_column
+from tests.components.small_world import (
+    PROJECT,
+    UNTIL,
+    VALIDATE,
+    ingest_config,
+    ingest_simulator,
+    ingest_tables,
+    with_column,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +53,9 @@ class Judged:
 
     @property
     def broken(self) -> set[str]:
-        """table.column: rule of every broken critical rule, and `?` before a broken warning."""
+        """table.column: rule of every broken rule that stops, and `?` before one that does not."""
         return {
-            "?" * (rule["severity"] == "warning")
+            "?" * (rule["severity"] != "stop")
             + f"{rule['table']}.{rule['column']}: {rule['rule'].removeprefix('expect_')}"
             for rule in self.report["rules"]
             if not rule["passed"]
@@ -117,8 +129,8 @@ def pages(docs: Path) -> str:
 
 def test_clean_data_passes_every_rule(passed: Judged, clean: Path) -> None:
     assert passed.error == "" and passed.report["passed"] is True and passed.broken == set()
-    tables = {"events", "days", "items", "users", "freshness"}
-    tables |= {f"{kind} {name}" for kind in ("modality", "coverage") for name in ("text", "image")}
+    tables = {"events", "days", "figures", "columns", "items", "users", "quarantine", "freshness"}
+    tables |= {f"{kind} {name}" for kind in ("modality", "coverage", "new items") for name in ("text", "image")}
     assert {rule["table"] for rule in passed.report["rules"]} == tables == passed.report["rows"].keys()
     assert passed.report["rows"]["events"] == Canonical(clean).events().num_rows
     assert passed.report["not_judged"] == []
@@ -176,7 +188,7 @@ def test_each_spoiled_cell_is_found_and_nothing_else(cells: Judged) -> None:
 )  # fmt: skip
 def test_a_spoiled_cell_is_shown(table: str, column: str, rows: int, shows: list[dict], cells: Judged) -> None:
     verdict = cells.rule(table, column)
-    assert verdict["severity"] == "critical" and verdict["broken_rows"] == rows
+    assert verdict["severity"] == "stop" and verdict["broken_rows"] == rows
     examples = verdict["examples"]
     assert [{k: e[k] for k in wanted} for e, wanted in zip(examples, shows, strict=True)] == shows
     (line,) = (line for line in cells.error.splitlines() if line.strip().startswith(f"{table}.{column}: "))
@@ -212,7 +224,10 @@ def test_spoiled_rows_are_found_and_nothing_else(rows: Judged) -> None:
         "events.label: column_values_to_not_be_null",
         "?events.is_first: column_values_to_be_in_set",
         "modality text.is_usual_length: column_values_to_be_in_set",
-        "?modality text.norm: column_values_to_be_between",  # the empty vector
+        "?modality text.norm: column_values_to_be_between",  # the empty vector, more than one in a hundred
+        "modality text.norm: column_values_to_be_between",
+        "modality image.norm: column_values_to_be_between",
+        "figures.repeated: column_values_to_be_between",
         "modality image.item_is_known: column_values_to_be_in_set",
         "?modality image.norm: column_values_to_be_between",
         "users.user_id: column_values_to_be_unique",
@@ -224,8 +239,8 @@ def test_spoiled_rows_are_found_and_nothing_else(rows: Judged) -> None:
     assert rows.rule("events", "is_first")["broken_rows"] == 30
     assert len(rows.examples("events", "is_first")) == validate.EXAMPLES
     assert [e["item_id"] for e in rows.examples("modality image", "item_is_known")] == [77]
-    assert "breaks 6 rule(s)" in rows.error  # warnings are none of them
-    assert "events.is_first:" not in rows.error and ".norm:" not in rows.error
+    assert "breaks 9 rule(s)" in rows.error  # warnings are none of them
+    assert "events.is_first:" not in rows.error and "is all zeros" not in rows.error
     assert "modality text.is_usual_length: expect_column_values_to_be_in_set" in rows.error
     assert "all text vectors have one length" in rows.error
 
@@ -255,6 +270,7 @@ def test_an_empty_day_and_a_jump_of_the_label_rate(planter: Callable[[], Planter
     assert found.broken == {
         "days.rows_if_judged: column_values_to_be_between",
         "days.label_rate: column_values_to_be_between",
+        "figures.label_rate: column_values_to_be_between",
     }
     (empty,) = found.examples("days", "rows_if_judged")
     assert empty["day"].startswith("2024-03-05") and empty["rows"] == 0
@@ -265,18 +281,21 @@ def test_an_empty_day_and_a_jump_of_the_label_rate(planter: Callable[[], Planter
 
 def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
     planted = planter()
-    planted.day("2024-03-06", lambda t: t.slice(0, 40))
+    planted.day("2024-03-06", lambda t: t.take(list(range(0, 400, 10))))
     planted.until("2024-03-10T12:00:00+00:00")
     found = judged(planted.root)
     assert found.broken == {
-        "days.volume_ratio: column_values_to_be_between",
+        "figures.volume: column_values_to_be_between",
         "days.rows_if_judged: column_values_to_be_between",  # the day before `until` has no event
         "freshness.age_hours: column_values_to_be_between",
     }
-    (thin,) = found.examples("days", "volume_ratio")
-    assert thin["day"].startswith("2024-03-06") and thin["volume_ratio"] == pytest.approx(0.1)
+    (thin,) = found.examples("figures", "volume")
+    assert thin["day"].startswith("2024-03-06") and thin["figure"] == "volume"
+    assert (thin["value"], thin["usual"]) == (pytest.approx(np.log(40)), pytest.approx(np.log(400)))
+    assert thin["off"] == pytest.approx(-np.log(10) / (np.log(2) + 4 / np.sqrt(40)))
     # each day is beside the days before it, never beside itself
-    frame = validate.day_frame(Canonical(planted.root), replace(VALIDATE, volume_days=2), None)
+    config = replace(VALIDATE, trailing_days=2)
+    frame = frames.day_frame(frames.recent_days(Canonical(planted.root), config, None), config)
     assert frame["usual_rows"].tolist() == [220, 220] and frame["rows"].tolist() == [400, 400]
     (stale,) = found.examples("freshness", "age_hours")
     assert 36 < stale["age_hours"] < 37
@@ -287,17 +306,75 @@ def test_the_judged_days(clean: Path) -> None:
     """The calendar's newest days, each beside the median of those before it."""
     data = Canonical(clean)
     until = datetime(2024, 3, 9, tzinfo=ZONE)
-    frame = validate.day_frame(data, VALIDATE, until)
+
+    def days(config: ValidateConfig = VALIDATE, until: datetime | None = until) -> pd.DataFrame:
+        return frames.day_frame(frames.recent_days(data, config, until), config)
+
+    frame = days()
     assert list(frame["day"].dt.day) == [4, 5, 6, 7, 8]
-    assert (frame["rows"] == 400).all() and (frame["volume_ratio"] == 1).all()
+    assert (frame["rows"] == 400).all() and (frame["usual_rows"] == 400).all()
     label = data.events()["label"].to_numpy().reshape(8, 400)
     assert frame["label_rate"].to_numpy() == pytest.approx(label.mean(axis=1)[3:])
     # an hour into a day, that day is not due yet; at its end it is
-    assert validate.day_frame(data, VALIDATE, until + timedelta(hours=1))["day"].dt.day.max() == 8
-    assert validate.day_frame(data, VALIDATE, until + timedelta(days=1))["day"].dt.day.max() == 9
+    assert days(until=until + timedelta(hours=1))["day"].dt.day.max() == 8
+    assert days(until=until + timedelta(days=1))["day"].dt.day.max() == 9
     # a volume that says nothing is not judged
-    floor = validate.day_frame(data, replace(VALIDATE, volume_floor=401), until)
-    assert floor[["rows_if_judged", "volume_ratio", "label_rate"]].isna().all(axis=None)
+    config = replace(VALIDATE, min_day_rows=401)
+    assert days(config)[["rows_if_judged", "label_rate"]].isna().all(axis=None)
+    assert frames.figure_frame(frames.recent_days(data, config, until), data, config).empty
+
+
+def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
+    data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=ZONE)
+    frame = frames.figure_frame(frames.recent_days(data, VALIDATE, until), data, VALIDATE)
+    events = data.events().to_pandas()
+    events["day"] = events["timestamp"].dt.day
+    events = events.merge(data.users().to_pandas(), on="user_id")
+    day, before = events[events["day"] == 7], events[events["day"].between(2, 6)]
+
+    def figure(name: str, of: str = "") -> pd.Series:
+        (row,) = frame[(frame["figure"] == name) & (frame["of"] == of) & (frame["day"].dt.day == 7)].to_dict("records")
+        assert row["off"] == pytest.approx((row["value"] - row["usual"]) / row["allowed"])
+        return row
+
+    def distance(one: pd.Series, other: pd.Series) -> float:
+        return one.value_counts(normalize=True).sub(other.value_counts(normalize=True), fill_value=0).abs().sum() / 2
+
+    for of in ("device", "age_group", "region"):
+        assert figure("mix", of)["value"] == pytest.approx(distance(day[of], before[of]))
+        assert figure("missing", of)["value"] == 0
+    assert figure("hours")["value"] == pytest.approx(distance(day["timestamp"].dt.hour, before["timestamp"].dt.hour))
+    known = events[events["day"] < 7]["user_id"]
+    assert figure("returning")["value"] == pytest.approx(day["user_id"].isin(known).mean())
+    assert figure("top_user")["value"] == pytest.approx(day["user_id"].value_counts().max() / len(day))
+    assert figure("top_item")["value"] == pytest.approx(day["item_id"].value_counts().max() / len(day))
+    assert figure("volume")["value"] == pytest.approx(np.log(400))
+    clicks = events.groupby("day")["label"].sum().astype(int)
+    odds = np.log((clicks + 0.5) / (400 - clicks + 0.5))
+    rate = figure("label_rate")
+    assert rate["value"] == pytest.approx(odds[7]) and rate["usual"] == pytest.approx(odds.loc[2:6].median())
+    spread = (odds.loc[2:6] - odds.loc[2:6].median()).abs().median()
+    p = (clicks.sum() + 0.5) / (8 * 400 + 1)  # of the eight days, all of which are among twice `trailing_days`
+    chance = frames.CHANCE / np.sqrt(400 * p * (1 - p))
+    assert rate["allowed"] == pytest.approx(frames.FLOORS["label_rate"] + 5 * frames.SIGMA * spread + chance)
+
+
+def test_what_a_feature_tells_of_the_label(clean: Path) -> None:
+    """Cramér's V of Bergsma 2013, by its formula, on the day where it is highest."""
+    data = Canonical(clean)
+    recent = frames.recent_days(data, VALIDATE, None)
+    found = frames.column_frame(recent, data).set_index("column")["tells_label"]
+    events = data.events().to_pandas()
+    events["day"] = events["timestamp"].dt.day
+    best = []
+    for day in range(4, 9):
+        counts = pd.crosstab(*(events.loc[events["day"] == day, name] for name in ("device", "label"))).to_numpy()
+        n, k = counts.sum(), len(counts)
+        expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / n
+        phi = ((counts - expected) ** 2 / expected).sum() / n
+        width = min(k - (k - 1) ** 2 / (n - 1), 2 - 1 / (n - 1)) - 1
+        best.append((max(0, phi - (k - 1) / (n - 1)) / width) ** 0.5)
+    assert found["device"] == pytest.approx(max(best))
 
 
 def test_vector_frame_equals_rows_computed_one_by_one() -> None:
@@ -305,7 +382,7 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     vectors = [None if i % 5 == 0 else rng.normal(size=3 + (i == 7)).tolist() for i in range(20)]
     vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
     table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
-    frame = validate.vector_frame(table, pa.chunked_array([pa.array(range(19))]))
+    frame = frames.vector_frame(table, pa.chunked_array([pa.array(range(19))]))
     there = [i for i in range(20) if vectors[i] is not None]
     assert frame["item_id"].tolist() == there
     assert frame["item_is_known"].tolist() == [i < 19 for i in there]
@@ -313,7 +390,7 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     assert frame["non_finite_values"].tolist() == [2 if i == 4 else 0 for i in there]
     norms = [np.linalg.norm([v for v in vectors[i] if np.isfinite(v)]) for i in there]
     assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
-    assert validate.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])])).empty
+    assert frames.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])])).empty
 
 
 # ---- what may go on ---------------------------------------------------------------------------------------------
@@ -363,7 +440,62 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
 def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path) -> None:
     data = Canonical(clean)
     assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(ZONE)
-    from components import rules
-
-    (limit,) = (r for r in rules.event_rules(None) if r.column == "timestamp" and "between" in r.expectation_type)
+    columns = frames.event_frame(data).columns
+    (limit,) = (
+        r for r in rules.event_rules(None, columns) if r.column == "timestamp" and "between" in r.expectation_type
+    )
     assert abs(pd.Timestamp(limit.max_value) - pd.Timestamp.now(tz="UTC")) < pd.Timedelta(minutes=1)
+
+
+# ---- several at once --------------------------------------------------------------------------------------------
+
+
+def judge_at_once(started: Any, canonical: Path, report: Path, docs: Path) -> None:
+    from great_expectations import get_context  # noqa: F401  seconds, before all start together
+
+    started.wait(120)
+    with contextlib.suppress(ValueError):
+        validate.run(VALIDATE, canonical, report, docs)
+
+
+@pytest.mark.slow
+def test_several_validations_at_once_do_not_meet(passed: Judged, clean: Path, cells: Judged, tmp_path: Path) -> None:
+    """Two of one project with outputs of their own, and one of another project: each says what it says alone."""
+    spoiled = cells.report_file.with_name("canonical")
+    jobs = {"one": clean, "two": clean, "other": spoiled}
+    spawn = get_context("spawn")
+    started = spawn.Barrier(len(jobs))
+    running = [
+        spawn.Process(target=judge_at_once, args=(started, folder, tmp_path / f"{name}.json", tmp_path / name))
+        for name, folder in jobs.items()
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(300)
+        assert process.exitcode == 0
+    for name, alone in {"one": passed, "two": passed, "other": cells}.items():
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == alone.report
+        shown = pages(tmp_path / name)
+        assert all(f"/canonical-{table}.html" in shown for table in alone.report["rows"])
+        assert ("Failed" in (tmp_path / name / "index.html").read_text()) == (name == "other")
+
+
+def test_a_quarantine_is_told_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What ingest left out is in the report, by reason and with a row; the rows that stayed pass."""
+    raw = simulator.read(ingest_config())
+    labels = raw.events["label"].to_numpy().copy()
+    labels[[5, 700]] = 2
+    raw = replace(raw, events=put("user_id", {9: 4})(with_column(raw.events, "label", labels)))
+    facts = ingest_tables(raw, tmp_path / "canonical", UNTIL)
+    assert facts["broken"] == {"label is not 0 or 1": 2, "unknown user": 1}
+    found = judged(tmp_path / "canonical")
+    assert found.error == "" and found.report["passed"] is True
+    assert found.broken == {"?quarantine.rows: column_values_to_be_between"}
+    assert found.report["quarantined"] == facts["broken"] and found.report["rows"]["events"] == 3197
+    verdict = found.rule("quarantine", "rows")
+    assert verdict["severity"] == "quarantine"
+    first, second = verdict["examples"]
+    assert (first["reason"], first["rows"], first["share"]) == ("label is not 0 or 1", 2, 2 / 3200)
+    assert (second["reason"], second["rows"]) == ("unknown user", 1) and "'user_id': '4'" in second["example"]
+    assert "quarantine: quarantine.rows" in caplog.text
