@@ -19,7 +19,7 @@ import bentoml
 from bento import MODEL
 
 # What bento/ and models/ import; BentoML adds itself. feature_store.yaml names DuckDB, which Feast checks on opening.
-REQUIREMENTS = ("torch", "safetensors", "numpy", "pydantic", "feast[duckdb]")
+REQUIREMENTS = ("torch", "safetensors", "numpy", "pydantic", "feast[duckdb,redis]")
 
 
 def build(
