@@ -1,13 +1,10 @@
-"""What the quality benchmarks share: a dataset of a source at any size, one training run, its figures.
-
-The stages are the project's own, run in this process, but for one: Feast's join, which takes minutes a million rows.
-DuckDB's ASOF join takes its place; on ML-1M both give the same bytes, so the figures are those of the pipeline.
-"""
+"""What the quality benchmarks share: a source's dataset by the project's own stages, one training run, its figures."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,26 +19,19 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import duckdb  # noqa: E402 - one thread first, and this project's code
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.compute as pc  # noqa: E402
+import numpy as np  # noqa: E402 - one thread first, and this project's code
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from sklearn.metrics import log_loss, roc_auc_score  # noqa: E402
 
 from components import dataset, embed, features, ingest, train, validate  # noqa: E402
-from components.artifacts import file_hash, write_json  # noqa: E402
 from components.config import load  # noqa: E402
-from components.contracts import EVENTS, ORACLE, Canonical, attributes, read_parquet  # noqa: E402
-from components.dataset import Dataset, DatasetConfig, Joined  # noqa: E402
+from components.dataset import Dataset, DatasetConfig  # noqa: E402
 from components.evaluate import group_auc  # noqa: E402
 from components.features import FeaturesConfig  # noqa: E402
 from components.parallel import Ranks  # noqa: E402
-from components.splits import SplitConfig, split_rows  # noqa: E402
+from components.splits import SplitConfig  # noqa: E402
 from models.layers import Ranker  # noqa: E402
-from models.registry import save_encoder  # noqa: E402
-from models.schema import Schema, schema_hash  # noqa: E402
+from models.schema import Schema  # noqa: E402
 
 PARAMS = ROOT / "params.yaml"
 
@@ -53,103 +43,18 @@ def settings(section: str, config: type[Any], **changes: Any) -> Any:
 
 
 def build(source: ingest.IngestConfig, featured: FeaturesConfig, rows: DatasetConfig, folder: Path) -> Dataset:
-    """A source's dataset by ingest, validate, embed, the features' sources, the join, and the dataset's encoding.
-
-    Writes canonical/, report.json, embedding/, features/ and dataset/ below `folder`.
-    """
-    split, canonical = settings("split", SplitConfig), folder / "canonical"
+    """A source's dataset, by the project's stages from ingest to dataset. `folder` is laid out as the project is."""
+    split, data = settings("split", SplitConfig), folder / "data"
+    canonical, report, embedding = data / "canonical", data / "report.json", data / "embedding"
     with chdir(ROOT):
         ingest.run(source, canonical)
-    rules = settings("validate", validate.ValidateConfig)
-    validate.run(rules, canonical, folder / "report.json", folder / "docs")
-    embedding = embed.run(
-        settings("embed", embed.EmbedConfig), split, canonical, folder / "report.json", folder / "embedding"
-    )
-    sources = folder / "features"
-    (sources / "sources").mkdir(parents=True)
-    features.write_sources(featured, Canonical(canonical), folder / "embedding", sources)
-
-    data = Canonical(canonical)
-    events = data.events()
-    joined = join(events, sources / "sources")
-    cut = split_rows(events, split)
-    encoder, catalog = dataset.fit(
-        rows, joined, cut.valid_start, data, item_vectors(data, folder / "embedding"), embedding["version"]
-    )
-    columns = dataset.encode(rows, joined, encoder, catalog)
-    log = torch.from_numpy(read_parquet(sources / "click_log.parquet")["item_id"].to_numpy().copy())
-    columns["click_log"] = catalog.rows(log).to(torch.int32)
-    made = folder / "dataset"
-    save_encoder(made / "encoder", encoder, catalog)
-    save_file({name: dataset._narrow(column) for name, column in columns.items()}, made / "rows.safetensors")
-    facts = {
-        "splits": cut.ranges(len(events)),
-        "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
-        "data_sha256": file_hash(made / "rows.safetensors"),
-    }
-    write_json(made / "dataset.json", facts)
-    return Dataset.open(made)
-
-
-def join(events: pa.Table, sources: Path) -> Joined:
-    """What `components.dataset.join` gives, without Feast: of each view the newest row that was known at the event."""
-    rows = pa.table(
-        {
-            "row": np.arange(len(events)),
-            "user_id": events["user_id"],
-            "item_id": events["item_id"],
-            "us": events["timestamp"].cast(pa.int64()),
-        }
-    )
-    with duckdb.connect() as db:
-        db.register("events", rows)
-        for view in ("user_clicks", "item_popularity", "user_profile"):
-            known = f"create view {view} as select *, epoch_us(event_timestamp) as us from '{sources / view}.parquet'"
-            db.execute(known)
-        table = db.sql(
-            "select clicks_start, clicks_end, views, clicks, profile.* exclude (user_id, event_timestamp, us) "
-            "from events "
-            "asof left join user_clicks using (user_id, us) "
-            "asof left join item_popularity using (item_id, us) "
-            "left join user_profile profile on events.user_id = profile.user_id "
-            "order by events.row"
-        ).to_arrow_table()
-    assert len(table) == len(events), "a join must neither drop nor repeat a row"
-    fields, origin = {"user_id": events["user_id"]}, {"user_id": "user"}
-    for name in table.column_names[4:]:
-        fields[name], origin[name] = table[name], "user"
-    for name in attributes(events, EVENTS):
-        fields[name], origin[name] = events[name], "context"
-    for name in ("views", "clicks"):
-        counts = table[name].to_numpy(zero_copy_only=False).astype(np.float64)
-        level = features.popularity_level(np.nan_to_num(counts))
-        fields[f"{name}_level"] = pa.chunked_array([pa.array(level, mask=np.isnan(counts))])
-        origin[f"{name}_level"] = "item"
-    start, end = (table[name].fill_null(0).to_numpy() for name in ("clicks_start", "clicks_end"))
-    return Joined(
-        labels=events["label"].to_numpy(),
-        oracle=events[ORACLE].to_numpy() if ORACLE in events.column_names else None,
-        item_ids=events["item_id"].to_numpy(),
-        user_ids=events["user_id"].to_numpy(),
-        clicks_start=start,
-        clicks_end=end,
-        origin=origin,
-        fields=fields,
-    )
-
-
-def item_vectors(data: Canonical, embedding: Path) -> np.ndarray:
-    """float32 [items, width] in the order of the canonical items, as known at the last event; zero without a vector."""
-    table = read_parquet(embedding / "item_embedding.parquet")
-    last = pc.max(data.events()["timestamp"])
-    table = table.filter(pc.and_(pc.is_valid(table["embedding"]), pc.less_equal(table["created_at"], last)))
-    vectors = table["embedding"].combine_chunks()
-    found = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-    items = data.items()["item_id"]
-    position = pc.index_in(items, value_set=table["item_id"].combine_chunks()).fill_null(-1).to_numpy()
-    matrix = np.zeros((len(items), found.shape[1]), dtype=np.float32)
-    matrix[position >= 0] = found[position[position >= 0]]
-    return matrix
+    validate.run(settings("validate", validate.ValidateConfig), canonical, report, data / "docs")
+    embed.run(settings("embed", embed.EmbedConfig), split, canonical, report, embedding)
+    repo = folder / "feature_repo"  # Feast's paths are relative to it
+    shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
+    features.run(featured, canonical, report, embedding, repo, data / "features")
+    dataset.run(rows, split, canonical, data / "features", repo, data / "dataset")
+    return Dataset.open(data / "dataset")
 
 
 def with_history(data: Dataset, length: int) -> Dataset:
