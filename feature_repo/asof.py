@@ -40,19 +40,19 @@ class AsofOfflineStore(DuckDBOfflineStore):
         config: RepoConfig,
         feature_views: list[FeatureView],
         feature_refs: list[str],
-        entity_df: pd.DataFrame | str,
+        entity_df: pd.DataFrame | str | None,
         registry: BaseRegistry,
         project: str,
         full_feature_names: bool = False,
         filter_by_created_timestamp: bool = False,
     ) -> RetrievalJob:
+        if not isinstance(entity_df, pd.DataFrame):
+            raise ValueError(f"entity_df is {entity_df!r}; give a data frame")
         if filter_by_created_timestamp or OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry):
             return DuckDBOfflineStore.get_historical_features(
                 config, feature_views, feature_refs, entity_df, registry, project, full_feature_names,
                 filter_by_created_timestamp,
             )  # fmt: skip
-        if isinstance(entity_df, str):
-            raise ValueError("entity_df is a query; give a data frame")
         time = infer_event_timestamp_from_entity_df(dict(entity_df.dtypes))
         entity_df = entity_df.assign(**{time: pd.to_datetime(entity_df[time], utc=True)})
         table = ibis.memtable(entity_df)

@@ -2,7 +2,7 @@
 
 The oracle scores with the true click probability: it knows today's fashion and every user's interests of today, which
 no log tells. The first table shows what that is worth: the shares of scorers who know the truth of the training days,
-every item and all else, without noise.
+every item and all else, without noise; and, last, of one who must estimate each user from clicks and refusals.
 
     python tests/benchmarks/oracle_share.py                                     # 3.6M impressions, both models
     python tests/benchmarks/oracle_share.py --impressions 300000 --model qin    # a small one
@@ -37,6 +37,7 @@ from models import registry
 
 A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items
 DAYS = 10
+SAMPLE, HALF_LIFE, STEPS = 300, 4, 80  # users, days and steps of the estimate of interests
 HISTORY = {"qin": 64, "sdcnv3": 128}  # newest clicks that a model reads
 # What differs from params.yaml, chosen by the AUC of the valid day.
 SHARED = {"batch_size": 2048, "max_epochs": 3, "lr": 0.002, "embedding_l2": 1e-5, "ema": 0.999}
@@ -110,7 +111,6 @@ def limits(simulator: SimulatorConfig) -> dict[str, float]:
         z_UK = np.mean([world.interests(day) for day in days], axis=0)
         return simulator.sharpness * np.einsum("bk,bk->b", z_UK[user_B], z_BK)
 
-    oracle = roc_auc_score(label_B, probability_B)
     without_B = np.log(probability_B / (1 - probability_B)) - fashion(today) - interests(today)
     known = {
         "all but today's fashion; yesterday's instead": fashion(today - 1) + interests(today),
@@ -119,7 +119,61 @@ def limits(simulator: SimulatorConfig) -> dict[str, float]:
         "the mean interests of the training days": fashion(today) + interests(*trained),
         "the mean of both": fashion(*trained) + interests(*trained),
     }
-    return {name: (roc_auc_score(label_B, without_B + part_B) - 0.5) / (oracle - 0.5) for name, part_B in known.items()}
+    shares = {name: share(label_B, without_B + part_B, probability_B) for name, part_B in known.items()}
+    own_B = user_B < SAMPLE
+    estimate_B = np.einsum("bk,bk->b", estimated_interests(world, today)[user_B[own_B]], z_BK[own_B])
+    score_B = (without_B + fashion(trained[-1]))[own_B] + estimate_B
+    shares["the last training day's fashion; interests by estimate"] = share(
+        label_B[own_B], score_B, probability_B[own_B]
+    )
+    return shares
+
+
+def share(label_B: np.ndarray, score_B: np.ndarray, oracle_B: np.ndarray) -> float:
+    """(AUC - 0.5) over the oracle's."""
+    return (roc_auc_score(label_B, score_B) - 0.5) / (roc_auc_score(label_B, oracle_B) - 0.5)
+
+
+def estimated_interests(world: World, until: int) -> np.ndarray:
+    """sharpness · z_u of the first SAMPLE users, [users, topics], by who knows all else of every day before `until`.
+
+    The mode of the posterior under a Gaussian prior of the users' mean and covariance, none below zero; a day counts
+    half as much as one HALF_LIFE days later. Steps with the logistic's curvature bound of 1/4 always climb.
+    """
+    sharpness = world.config.sharpness
+    parts = []
+    for day in range(until):
+        events = world.day(day)
+        user_B = (events["user_id"].to_numpy() - FIRST_USER) // STRIDE
+        own_B = user_B < SAMPLE
+        user_B, item_B = user_B[own_B], ((events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE)[own_B]
+        probability_B, label_B = (events[name].to_numpy().astype(np.float64)[own_B] for name in (ORACLE, "label"))
+        z_BK = world.z_IK[item_B].astype(np.float64)
+        affinity_B = sharpness * np.einsum("bk,bk->b", world.interests(day)[user_B], z_BK)
+        other_B = np.log(probability_B / (1 - probability_B)) - affinity_B
+        weight_B = np.full(len(user_B), 0.5 ** ((until - 1 - day) / HALF_LIFE))
+        parts.append((user_B, z_BK, other_B, weight_B, label_B))
+    user_B, z_BK, other_B, weight_B, label_B = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(user_B, kind="stable")
+    user_B, z_BK, other_B, weight_B, label_B = (a[order] for a in (user_B, z_BK, other_B, weight_B, label_B))
+    bounds = np.searchsorted(user_B, np.arange(SAMPLE + 1))
+
+    def by_user(values_BK: np.ndarray) -> np.ndarray:
+        total = np.concatenate([np.zeros_like(values_BK[:1]), np.cumsum(values_BK, axis=0)])
+        return total[bounds[1:]] - total[bounds[:-1]]
+
+    prior_UK = sharpness * world.interests(0)
+    topics = prior_UK.shape[1]
+    mean_K, precision_KK = prior_UK.mean(axis=0), np.linalg.inv(np.cov(prior_UK.T) + 1e-3 * np.eye(topics))
+    curvature_UKK = np.stack([by_user(z_BK * (z_BK[:, k] * weight_B / 4)[:, None]) for k in range(topics)], axis=1)
+    step_UKK = np.linalg.inv(curvature_UKK + precision_KK)
+    found_UK = np.tile(mean_K, (SAMPLE, 1)).astype(np.float64)
+    for _ in range(STEPS):
+        logit_B = np.einsum("bk,bk->b", found_UK[user_B], z_BK) + other_B
+        gap_B = weight_B * (label_B - 1 / (1 + np.exp(-logit_B)))
+        slope_UK = by_user(z_BK * gap_B[:, None]) - (found_UK - mean_K) @ precision_KK
+        found_UK = np.maximum(found_UK + np.einsum("uij,uj->ui", step_UKK, slope_UK), 0)
+    return found_UK
 
 
 def frame() -> tuple[FeaturesConfig, DatasetConfig]:
