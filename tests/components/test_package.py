@@ -80,7 +80,7 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
     assert json.loads((model / SERVING).read_text()) == {"version": built["version"], "max_candidates": 25}
     requirements = (folder / "bento" / "env" / "python" / "requirements.txt").read_text().split()
     assert all("==" in line and "+" not in line for line in requirements)
-    assert {line.split("==")[0] for line in requirements} >= {"torch", "safetensors", "bentoml", "feast[duckdb]"}
+    assert {line.split("==")[0] for line in requirements} >= {"torch", "safetensors", "bentoml", "feast[duckdb,redis]"}
     text = "".join(file.read_text() for file in folder.rglob("*") if file.suffix in (".yaml", ".json", ".md", ".txt"))
     assert str(world.root) not in text  # it can be moved to another machine
 
