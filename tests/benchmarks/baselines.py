@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from copy import deepcopy
 
+import harness  # noqa: F401 - this project's code on the path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812

@@ -1,17 +1,12 @@
-"""Impressions a second that the simulator draws on one thread, beside the goal. `python tests/benchmarks/...`."""
+"""Impressions a second that the simulator draws on one thread, beside the goal. `make bench ONLY=simulator`."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
 import time
-from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from harness import one_thread, report
+
+one_thread()
 
 from components.sources.simulator import SimulatorConfig, World  # noqa: E402 - one thread, and this project's code
 
@@ -33,19 +28,7 @@ def main() -> None:
         world.day(day)
         seconds.append(time.perf_counter() - start)
     value = config.impressions_per_day / sorted(seconds)[ROUNDS // 2]  # the median round
-    print(
-        json.dumps(
-            {
-                "name": "simulator",
-                "value": round(value),
-                "unit": "impressions/s",
-                "peer": "goal",
-                "peer_value": GOAL,
-                "ratio": round(value / GOAL, 3),
-                "machine": f"{platform.machine()}, 1 of {os.cpu_count()} cores, Python {platform.python_version()}",
-            }
-        )
-    )
+    report("simulator", value, "impressions/s", "goal", GOAL)
 
 
 if __name__ == "__main__":

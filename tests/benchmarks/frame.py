@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+from harness import ROOT, one_thread
+
+one_thread()
 
 import numpy as np  # noqa: E402 - one thread first, and this project's code
 import torch  # noqa: E402
@@ -34,6 +31,7 @@ from models.layers import Ranker  # noqa: E402
 from models.schema import Schema  # noqa: E402
 
 PARAMS = ROOT / "params.yaml"
+torch.set_num_threads(1)  # a script may have imported torch before this
 
 
 def settings(section: str, config: type[Any], **changes: Any) -> Any:
