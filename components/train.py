@@ -481,7 +481,7 @@ def _chunks(order: Tensor, size: int) -> list[Tensor]:
 def _fingerprint(config: TrainConfig, data: Dataset, start: str, name: str) -> str:
     """Of all that a run's weights follow from: the state of another run is no state of this one."""
     code = [Path(__file__), *(Path(__file__).with_name(f"{part}.py") for part in ("parallel", "warm_start"))]
-    code += sorted(Path(models.__file__ or "").parent.glob("*.py"))
+    code += sorted(file for file in Path(models.__file__ or "").parent.iterdir() if file.suffix in (".py", ".c"))
     parts = [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], start, torch.__version__]
     return hashlib.sha256(json.dumps([*parts, *map(file_hash, code)], sort_keys=True).encode()).hexdigest()
 

@@ -136,20 +136,47 @@ def part_of_batch(start: int, rows: int) -> Iterator[None]:
         _rows_before, _rows_in_all = 0, 0
 
 
+def mask_seed() -> tuple[int, int]:
+    """The seed of a dropout mask, drawn from torch's generator, and the rows of the batch before this part of it."""
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)), _rows_before
+
+
+def random_bits(x: Tensor, seed: int, before: int) -> Tensor:
+    """int16, shape of x [b, …, D]: 16 random bits an entry, of which only the seed and the entry's place decide.
+
+    splitmix64, on the CPU: four entries of a last dimension share one number of 64 bits. `before` rows came before x.
+    """
+    places = prod(x.shape[1:-1]) * (numbers := -(-x.shape[-1] // 4))
+    z = torch.arange(before * places + 1, (before + x.shape[0]) * places + 1)
+    z.mul_(_int64(0x9E3779B97F4A7C15)).add_(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(_int64(factor))
+    z.bitwise_xor_((z >> 31).bitwise_and_(2**33 - 1))
+    return z.view(torch.int16).view(*x.shape[:-1], 4 * numbers)[..., : x.shape[-1]]
+
+
+def _int64(number: int) -> int:
+    """Of the same 64 bits."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def dropped_of(rate: float) -> int:
+    """Below how much of 2¹⁵ the lower 15 bits drop an entry: dropout rates are rounded to 1/32768 on a CPU."""
+    return round(rate * 2**15)
+
+
 def keep_mask(x: Tensor, rate: float) -> Tensor:
     """Shape (rows first) and dtype of x: 0 with probability `rate`, else 1 / (1 − rate).
 
-    On a CPU `rate` is rounded to 1/32768 and four entries share one 64-bit random number: torch's own dropout draws
-    one number an entry and is the slowest step of a network there.
+    On a CPU from `random_bits`: torch's own dropout draws one number an entry and is the slowest step of a network.
     """
-    shape = (_rows_in_all or x.shape[0], *x.shape[1:])
-    own = slice(_rows_before, _rows_before + x.shape[0])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
+        shape = (_rows_in_all or x.shape[0], *x.shape[1:])
+        own = slice(_rows_before, _rows_before + x.shape[0])
         return x.new_empty(shape).bernoulli_(1 - rate)[own].div_(1 - rate)
-    dropped, count = round(rate * 2**15), prod(shape)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    # Of 16 random bits the lower 15, from 0 on: under `dropped` the difference's sign bit spreads to 0, else to -1.
-    minus_kept = (dropped - 1 - bits[:count].view(shape)[own].bitwise_and_(2**15 - 1)).bitwise_right_shift_(15)
+    dropped = dropped_of(rate)
+    # From 0 on, the difference's sign bit spreads to 0 where it is dropped, else to -1.
+    minus_kept = (dropped - 1 - random_bits(x, *mask_seed()).bitwise_and(2**15 - 1)).bitwise_right_shift_(15)
     return minus_kept.to(x.dtype).mul_(-(2**15) / (2**15 - dropped))
 
 

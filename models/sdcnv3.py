@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from models.cross_step import CrossStep, kernels
 from models.layers import (
     ImpressionFields,
     ItemTower,
@@ -34,6 +35,7 @@ from models.layers import (
     distinct_rows,
     initialise,
     keep_mask,
+    mask_seed,
     require,
     require_flag,
     require_names,
@@ -79,129 +81,22 @@ class SDCNv3Config:
         require_names(self, "exclude")
 
 
-class HeadNorm(nn.BatchNorm1d):
-    """Batch normalisation of [B, H, K] by head; torch's own takes four times as long where heads are few."""
-
-    def forward(self, x_BHK: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling():
-            return super().forward(x_BHK)
-        normal_BHK, mean_H, var_H = HeadNormStep.apply(x_BHK, self.weight, self.bias, self.eps)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        assert self.num_batches_tracked is not None
-        with torch.no_grad():
-            count = x_BHK.numel() / self.num_features
-            self.running_mean.lerp_(mean_H, self.momentum)
-            self.running_var.lerp_(var_H * (count / (count - 1)), self.momentum)
-            self.num_batches_tracked += 1
-        return normal_BHK
-
-
-class HeadNormStep(torch.autograd.Function):
-    """w (x − mean) / √(var + ε) + b over all but the heads, with mean and var. Shares their sums with the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BHK: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        mean_H = x_BHK.mean((0, 2))
-        centred_BHK = x_BHK - mean_H[:, None]
-        var_H = sum_by_head(centred_BHK, centred_BHK) / (x_BHK.numel() / len(mean_H))
-        rstd_H = (var_H + eps).rsqrt()
-        ctx.save_for_backward(centred_BHK, weight_H, rstd_H)
-        ctx.mark_non_differentiable(mean_H, var_H)
-        return torch.addcmul(bias_H[:, None], centred_BHK, (weight_H * rstd_H)[:, None]), mean_H, var_H
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        centred_BHK, weight_H, rstd_H = ctx.saved_tensors
-        grad_bias_H = grad_BHK.sum((0, 2))
-        grad_weight_H = sum_by_head(grad_BHK, centred_BHK) * rstd_H
-        count, scale_H = grad_BHK.numel() / len(rstd_H), weight_H * rstd_H
-        along_BHK = centred_BHK * (-grad_weight_H * rstd_H / count)[:, None] - (grad_bias_H / count)[:, None]
-        return along_BHK.add_(grad_BHK).mul_(scale_H[:, None]), grad_weight_H, grad_bias_H, None
-
-
-def sum_by_head(a_BHK: Tensor, b_BHK: Tensor) -> Tensor:
-    """Σ a b over all but the heads, [H]."""
-    if a_BHK.shape[1] == 1:
-        return torch.dot(a_BHK.reshape(-1), b_BHK.reshape(-1))[None]
-    return (a_BHK * b_BHK).sum((0, 2))
-
-
 def cross_step(
     c_BHK: Tensor,
     x_BHD: Tensor,
     first_BHD: Tensor | None,
     bias_D: Tensor,
-    weight_K: Tensor | None,
-    shift_K: Tensor | None,
-    eps: float,
+    norm: nn.LayerNorm | None,
     keep_BHD: Tensor | None,
 ) -> Tensor:
     """x ← keep ⊙ (y ⊙ g + x), g = [c ‖ c ⊙ ReLU(LayerNorm c)] + b;  y is x_1, or x where `first` is None.
 
-    `weight`, `shift` are the LayerNorm's, or None; `keep` is a dropout mask or None.
+    `keep` is a dropout mask or None. Training on a CPU runs the same in C (`models.cross_step`).
     """
-    normal_BHK = c_BHK if weight_K is None else F.layer_norm(c_BHK, c_BHK.shape[-1:], weight_K, shift_K, eps)
+    normal_BHK = c_BHK if norm is None else norm(c_BHK)
     gate_BHD = torch.cat((c_BHK, c_BHK * normal_BHK.relu()), -1) + bias_D
     out_BHD = torch.addcmul(x_BHD, x_BHD if first_BHD is None else first_BHD, gate_BHD)
     return out_BHD if keep_BHD is None else out_BHD * keep_BHD
-
-
-class CrossStep(torch.autograd.Function):
-    """`cross_step` with its gradient by hand, for eager mode.
-
-    A step is bound by memory, and autograd's own passes over the [B, H, D] tensors twice as often. torch.compile
-    fuses the plain form.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        c_BHK: Tensor,
-        x_BHD: Tensor,
-        first_BHD: Tensor | None,
-        bias_D: Tensor,
-        weight_K: Tensor | None,
-        shift_K: Tensor | None,
-        eps: float,
-        keep_BHD: Tensor | None,
-    ) -> Tensor:
-        width = c_BHK.shape[-1]
-        mean, rstd = None, None
-        if weight_K is None:
-            mask_BHK = c_BHK.relu()
-        else:
-            mask_BHK, mean, rstd = torch.native_layer_norm(c_BHK, (width,), weight_K, shift_K, eps)
-            mask_BHK.relu_()
-        # x ⊙ g + x = x ⊙ (g + 1)
-        linear_K, masked_K = (bias_D + 1 if first_BHD is None else bias_D).split(width)
-        gate_BHD = torch.cat((c_BHK + linear_K, torch.addcmul(masked_K, c_BHK, mask_BHK)), -1)
-        out_BHD = x_BHD * gate_BHD if first_BHD is None else torch.addcmul(x_BHD, first_BHD, gate_BHD)
-        if keep_BHD is not None:
-            out_BHD *= keep_BHD
-        ctx.deep = first_BHD is None
-        factor_BHD = x_BHD if first_BHD is None else first_BHD
-        ctx.save_for_backward(c_BHK, factor_BHD, gate_BHD, mask_BHK, weight_K, shift_K, mean, rstd, keep_BHD)
-        return out_BHD
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHD: Tensor) -> tuple[Tensor | None, ...]:
-        c_BHK, factor_BHD, gate_BHD, mask_BHK, weight_K, shift_K, mean, rstd, keep_BHD = ctx.saved_tensors
-        width = c_BHK.shape[-1]
-        if keep_BHD is not None:
-            grad_BHD = grad_BHD * keep_BHD
-        grad_gate_BHD = grad_BHD * factor_BHD
-        grad_factor_BHD = grad_BHD * gate_BHD
-        linear_BHK, masked_BHK = grad_gate_BHD.split(width, -1)
-        grad_c_BHK = torch.addcmul(linear_BHK, masked_BHK, mask_BHK)
-        grad_mask_BHK = torch.ops.aten.threshold_backward(masked_BHK * c_BHK, mask_BHK, 0)
-        grad_weight_K, grad_shift_K = None, None
-        if weight_K is not None:
-            grad_mask_BHK, grad_weight_K, grad_shift_K = torch.ops.aten.native_layer_norm_backward(
-                grad_mask_BHK, c_BHK, (width,), mean, rstd, weight_K, shift_K, (True, True, True)
-            )
-        grad_c_BHK += grad_mask_BHK
-        grads = (grad_factor_BHD, None) if ctx.deep else (grad_BHD, grad_factor_BHD)
-        return grad_c_BHK, *grads, grad_gate_BHD.sum((0, 1)), grad_weight_K, grad_shift_K, None, None
 
 
 class CrossLayer(nn.Module):
@@ -209,19 +104,43 @@ class CrossLayer(nn.Module):
 
     def __init__(self, width: int, config: SDCNv3Config) -> None:
         super().__init__()
-        self.batch_norm = HeadNorm(config.heads) if config.batch_norm else nn.Identity()
+        self.batch_norm = nn.BatchNorm1d(config.heads) if config.batch_norm else nn.Identity()
         self.layer_norm = nn.LayerNorm(width // 2) if config.layer_norm else None
         self.bias = nn.Parameter(torch.rand(width))
 
-    def forward(
-        self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, keep_BHD: Tensor | None
-    ) -> Tensor:
-        """The next x_BHD."""
-        norm = self.layer_norm
-        weight_K, shift_K, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-        c_BHK = self.batch_norm(projected_BHK.to(x_BHD.dtype))  # autocast gives projections in bfloat16
-        step = cross_step if torch.compiler.is_compiling() else CrossStep.apply
-        return step(c_BHK, x_BHD, first_BHD, self.bias, weight_K, shift_K, eps, keep_BHD)
+    def forward(self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float) -> Tensor:
+        """The next x_BHD, its numbers dropped at this rate."""
+        projected_BHK = projected_BHK.to(x_BHD.dtype)  # autocast gives projections in bfloat16
+        eager = x_BHD.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.training and eager and self.layer_norm is not None and kernels(x_BHD.dtype) is not None:
+            return self.in_c(projected_BHK, x_BHD, first_BHD, rate)
+        keep_BHD = keep_mask(x_BHD, rate) if rate else None
+        return cross_step(self.batch_norm(projected_BHK), x_BHD, first_BHD, self.bias, self.layer_norm, keep_BHD)
+
+    def in_c(self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float) -> Tensor:
+        norm, layer_norm = self.batch_norm, self.layer_norm
+        assert layer_norm is not None
+        of_norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
+        if own := type(norm) is nn.BatchNorm1d:
+            of_norm = norm.weight, norm.bias, norm.eps
+        else:  # none, or one of all processes' rows
+            projected_BHK = norm(projected_BHK)
+        of_gate = self.bias, layer_norm.weight, layer_norm.bias, layer_norm.eps
+        mask = (rate, *mask_seed()) if rate else (0.0, 0, 0)
+        out_BHD, mean_H, var_H = CrossStep.apply(projected_BHK, x_BHD, first_BHD, *of_norm, *of_gate, *mask)
+        if own:
+            follow(norm, mean_H, var_H, projected_BHK.numel() // len(mean_H))
+        return out_BHD  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def follow(norm: nn.Module, mean_H: Tensor, var_H: Tensor, count: int) -> None:
+    """The batch normalisation's running figures after a batch with this mean and variance of `count` numbers."""
+    assert isinstance(norm, nn.BatchNorm1d) and norm.momentum is not None
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.running_mean.lerp_(mean_H.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var_H * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    norm.num_batches_tracked += 1
 
 
 class CrossTower(nn.Module):
@@ -241,11 +160,10 @@ class CrossTower(nn.Module):
 
     def forward(self, first_BHD: Tensor, projected_BHK: Tensor) -> Tensor:
         """Logits [B], from x_1 and the first layer's W x_1, which the model computes for all towers at once."""
-        x_BHD = first_BHD
+        x_BHD, rate = first_BHD, self.dropout if self.training else 0.0
         for i, (project, gate) in enumerate(zip(self.projections, self.gates, strict=True)):
-            keep_BHD = keep_mask(x_BHD, self.dropout) if self.training and self.dropout > 0 else None
             projected_BHK = projected_BHK if i == 0 else project(x_BHD)
-            x_BHD = gate(projected_BHK, x_BHD, None if self.deep else first_BHD, keep_BHD)
+            x_BHD = gate(projected_BHK, x_BHD, None if self.deep else first_BHD, rate)
         return self.out(x_BHD).squeeze(2).mean(1)
 
 

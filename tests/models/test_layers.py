@@ -24,7 +24,7 @@ def test_drops_at_its_rate_and_keeps_the_mean(rate, dtype):
         assert both == pytest.approx((1 - rate) ** 2, abs=0.003)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (5, 7), (2, 3, 5)])
 def test_a_seed_replays_the_mask_whatever_the_shape(shape):
     x = torch.randn(shape)
     torch.manual_seed(1)

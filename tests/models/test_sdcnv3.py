@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from models.layers import dropout
 from models.schema import Feature, Schema
-from models.sdcnv3 import HeadNorm, SDCNv3, SDCNv3Config
+from models.sdcnv3 import SDCNv3, SDCNv3Config
 
 SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
 STILL = {"deep_dropout": 0.0, "shallow_dropout": 0.0}
@@ -137,27 +137,6 @@ def test_has_the_published_number_of_parameters():
     )
     model = SDCNv3(SDCNv3Config(), schema)
     assert sum(p.numel() for p in model.parameters()) == 201_728
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_head_norm_is_batch_norm(heads):
-    torch.manual_seed(0)
-    own, wanted = HeadNorm(heads).double(), torch.nn.BatchNorm1d(heads).double()
-    x_BHK = torch.randn(5, heads, 4, dtype=torch.float64) * 3 + 7
-    with torch.no_grad():
-        own.weight.copy_(torch.rand(heads) + 1)
-        own.bias.copy_(torch.rand(heads))
-    wanted.load_state_dict(own.state_dict())
-    gradients = []
-    for norm in (own, wanted):
-        leaf_BHK = x_BHK.clone().requires_grad_()
-        for _ in range(3):
-            out_BHK = norm(leaf_BHK)
-        out_BHK.sin().sum().backward()
-        gradients.append((out_BHK, leaf_BHK.grad, norm.weight.grad, norm.bias.grad))
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(own.state_dict(), wanted.state_dict(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(own.eval()(x_BHK), wanted.eval()(x_BHK))
 
 
 @pytest.mark.parametrize("clicks", ["none", "empty ranges"])
