@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
@@ -61,31 +62,74 @@ class OnlineFeatures:
 
 
 def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
-    """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where it cannot be opened."""
+    """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where it cannot be opened.
+
+    Where the stage `features` has made the stores anew, the next read opens them: on the deleted files that a server
+    holds it would serve yesterday for ever. While the stage is at work, what was there before is read.
+    """
     if not repo:
         logger.warning("CLICKLOOP_FEATURE_REPO is not set: without an online store every answer is degraded")
         return None
     try:
-        from feast import FeatureStore  # seconds, so only a server that has a store pays for it
-
-        os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
-        sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
-        store = FeatureStore(repo_path=repo)
-        service = store.get_feature_service("serving")
-        ttl = {
-            feature.name: (store.get_feature_view(view.name).ttl or timedelta()).total_seconds()
-            for view in service.feature_view_projections
-            for feature in view.features
-        }
-
-        def fetch(user_id: int) -> dict[str, Any]:
-            answer = store.get_online_features(features=service, entity_rows=[{"user_id": user_id}])
-            row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
-            now = time()  # Feast does not hold online values to their time to live
-            return {name: None if 0 < ttl[name] < now - row[f"{name}__ts"] else row[name] for name in ttl}
-
-        fetch(0)  # opens the connection, outside of any request's time limit
+        opened = _Opened(repo)
     except Exception:
         logger.exception("CLICKLOOP_FEATURE_REPO=%s: no online store; every answer is degraded", repo)
         return None
+    tried, trying = opened.made, threading.Lock()
+
+    def fetch(user_id: int) -> dict[str, Any]:
+        nonlocal opened, tried
+        if (made := _made(opened.files)) not in (None, tried) and trying.acquire(blocking=False):
+            try:
+                tried = made  # once: what cannot be opened now is not tried again at every read
+                opened = _Opened(repo)
+                logger.info("online store: made anew, and opened")
+            except Exception:
+                logger.exception("online store: made anew, and cannot be opened; the one before is served")
+            finally:
+                trying.release()
+        return opened.fetch(user_id)
+
     return fetch
+
+
+class _Opened:
+    """A Feast repo's stores as they were when they were opened. Raises whatever Feast raises."""
+
+    def __init__(self, repo: str) -> None:
+        from feast import FeatureStore  # seconds, so only a server that has a store pays for it
+
+        os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
+        if repo not in sys.path:
+            sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
+        self.store = FeatureStore(repo_path=repo)
+        registry = self.store.config.registry
+        registry.cache_ttl_seconds = 0  # for ever: it is read as it is now, whatever becomes of its file
+        self.files = [Path(repo, registry.path).with_name("receipt.json")]
+        if database := getattr(self.store.config.online_store, "path", None):  # SQLite has a file
+            self.files.append(Path(repo, database))
+        self.made = _made(self.files)  # before anything is read: what is made meanwhile is seen at the next read
+        self.service = self.store.get_feature_service("serving")
+        self.ttl = {
+            feature.name: (self.store.get_feature_view(view.name).ttl or timedelta()).total_seconds()
+            for view in self.service.feature_view_projections
+            for feature in view.features
+        }
+        self.fetch(0)  # opens the connection, outside of any request's time limit
+
+    def fetch(self, user_id: int) -> dict[str, Any]:
+        answer = self.store.get_online_features(features=self.service, entity_rows=[{"user_id": user_id}])
+        row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
+        now = time()  # Feast does not hold online values to their time to live
+        return {name: None if 0 < self.ttl[name] < now - row[f"{name}__ts"] else row[name] for name in self.ttl}
+
+
+def _made(files: list[Path]) -> tuple[int, ...] | None:
+    """Which files these are: receipt.json, the last that `features` writes, and SQLite's. None where one is not there.
+
+    A click that is pushed changes SQLite's file, and makes no other one of it.
+    """
+    try:
+        return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
+    except OSError:
+        return None

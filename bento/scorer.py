@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bento import ITEM_STATE
 from models.registry import load
-from models.schema import UNKNOWN
+from models.schema import UNKNOWN, bucket
 
 
 class Scorer:
@@ -28,6 +28,7 @@ class Scorer:
         self.fields = self.schema.impression_fields
         self.context_names = {f.name for f in self.fields if f.origin == "context"}
         self.needs_profile = any(f.origin == "user" and f.name != "user_id" for f in self.fields)
+        self.needs_history = self.schema.history_length > 0
         self.item_state = safetensors.torch.load_file(folder / ITEM_STATE)
         for field in self.fields:
             if field.origin is None:
@@ -54,13 +55,14 @@ class Scorer:
         candidates: Sequence[int],
         history: Sequence[int],
         profile: Mapping[str, str | None],
-        context: Mapping[str, str],
+        context: Mapping[str, str | None],
     ) -> Tensor:
         """Click probabilities, float32 [candidates], in the order of the candidates.
 
         history  raw item ids, oldest first; unknown ones are dropped, the newest L count
         profile  the user's attributes; a missing one is encoded as missing, as is a missing one of `context`
 
+        A number of the context is encoded by its bucket, as it was for training.
         A candidate that the catalog does not hold is scored as its row for unknown items.
         Raises ValueError where a context value cannot be encoded.
         """
@@ -74,8 +76,13 @@ class Scorer:
             if field.origin == "item":
                 fields.append(self.item_state[field.name][item_B])
                 continue
-            values: Mapping[str, str | None] = context if field.origin == "context" else profile
+            values = context if field.origin == "context" else profile
             value = user_id if field.name == "user_id" else values.get(field.name)
+            if field.numeric and value is not None:
+                try:
+                    value = bucket(float(value))
+                except ValueError:
+                    raise ValueError(f"{field.name} is {value!r}; it takes a number") from None
             fields.append(self.encoder.encode(field.name, [value]).expand(B))
         fields_BF = torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64)
         return torch.sigmoid(self.ranking(fields_BF, item_B, hist_K)).float()

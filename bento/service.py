@@ -30,14 +30,16 @@ Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
 
 
 class Request(BaseModel):
-    """history  item ids, oldest first, in place of the online store's; k  how many items to answer"""
+    """history  item ids, oldest first, in place of the online store's; k  how many items to answer
+    context  feature -> value as text, a number as it is; null: it has none
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     user_id: Id
     candidates: Annotated[list[Id], Field(min_length=1)]
     history: Annotated[list[Id], Field(max_length=MAX_HISTORY)] | None = None
-    context: dict[str, str] | None = None
+    context: dict[str, str | None] | None = None
     k: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
@@ -94,7 +96,7 @@ class CtrRanker:
         if unknown := sorted(context.keys() - self.scorer.context_names):
             raise InvalidArgument(f"context: unknown {unknown}; known are {sorted(self.scorer.context_names)}")
         user = UserRow()
-        if request.history is None or self.scorer.needs_profile:
+        if self.scorer.needs_profile or (self.scorer.needs_history and request.history is None):
             user = self.online.read(request.user_id)
         history = user.history if request.history is None else request.history
         try:

@@ -63,9 +63,13 @@ def checkpoint(champion: dict[str, Any]) -> Iterator[Path]:
 def promote(package: Path, smoke: Path, pointer: Path) -> str:
     """Register the packaged model as the next version and make it the champion. Returns what was done.
 
+    One Bento is one version: where it has been promoted before, that version becomes the champion again, and nothing
+    is done where it is.
+
     Raises ValueError where nothing was built, the smoke test did not pass on it, or the run is not committed.
     """
     from gto.api import register
+    from gto.exceptions import VersionExistsForCommit
 
     built, tested = read_json(package / "package.json", "package"), read_json(smoke, "smoke")
     if not built["built"]:
@@ -92,9 +96,13 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
     facts = {"model": built["model"], "checkpoint_sha256": built["checkpoint_sha256"], "bento": built["tag"]}
     with checkpoint({"version": "to be", "revision": "HEAD", **facts}):
         pass  # the commit leads to the bytes that were built, and not to those of another run
-    version = register(repo=".", name=name, ref="HEAD", message=json.dumps(facts), force=True).version
-    _point(pointer, name, version, facts)
-    return f"{name} {version} ({built['tag']}) is the champion; commit {pointer} and `git push --tags`"
+    version = next((version for version, known in _versions(name).items() if known == facts), None)
+    if version is None:
+        try:
+            version = register(repo=".", name=name, ref="HEAD", message=json.dumps(facts)).version
+        except VersionExistsForCommit as error:
+            raise ValueError(f"promote: {error}, of another Bento; commit the run that built {built['tag']}") from None
+    return _point(pointer, name, version, facts)
 
 
 def rollback(version: str, pointer: Path) -> str:
@@ -103,19 +111,30 @@ def rollback(version: str, pointer: Path) -> str:
     if champion is None:
         raise ValueError(f"{pointer}: there is no champion yet; `python -m components promote` makes the first")
     name = champion["name"]
-    versions = [tag.removeprefix(f"{name}@") for tag in _git("tag", "--list", f"{name}@*").split()]
+    versions = _versions(name)
     if version not in versions:
         raise ValueError(f"rollback: no version {version!r} of {name}; there are {', '.join(versions)}")
-    _point(pointer, name, version, json.loads(_git("tag", "--list", "--format=%(contents)", f"{name}@{version}")))
-    return f"{name} {version} is the champion again; commit {pointer} and `git push --tags`"
+    return _point(pointer, name, version, versions[version])
 
 
-def _point(pointer: Path, name: str, version: str, facts: dict[str, Any]) -> None:
-    """The stage tag, and then champion.json, which can be written again from the tags."""
+def _versions(name: str) -> dict[str, dict[str, Any]]:
+    """Version -> model, checkpoint_sha256 and bento, as `promote` wrote them into its tag."""
+    lines = _git("tag", "--list", "--format=%(refname:strip=2) %(contents:subject)", f"{name}@*").splitlines()
+    return {
+        tag.removeprefix(f"{name}@"): json.loads(facts) for tag, _, facts in (line.partition(" ") for line in lines)
+    }
+
+
+def _point(pointer: Path, name: str, version: str, facts: dict[str, Any]) -> str:
+    """The stage tag, and then champion.json, which can be written again from the tags. Returns what was done."""
     from gto.api import assign
 
-    assign(repo=".", name=name, version=version, stage=STAGE, force=True)
-    write_json(pointer, {"name": name, "version": version, "revision": f"{name}@{version}", **facts})
+    champion = {"name": name, "version": version, "revision": f"{name}@{version}", **facts}
+    if current(pointer) == champion:
+        return f"{name} {version} ({facts['bento']}) is the champion already; nothing was done"
+    assign(repo=".", name=name, version=version, stage=STAGE, force=True)  # also where it was the champion before
+    write_json(pointer, champion)
+    return f"{name} {version} ({facts['bento']}) is the champion; commit {pointer} and `git push --tags`"
 
 
 def _git(*arguments: str) -> str:

@@ -4,9 +4,11 @@
     users.parquet                          user_id, attribute columns
     items.parquet                          item_id, created_at, title, tags, text, attribute columns
     modalities/NAME.parquet                item_id, vector: float32, one length; a missing modality is null or no row
+    pictures.parquet                       item_id, image: the file's bytes; only where items name pictures
     histories.parquet                      item_id: only where the source gives the histories itself
     quarantine/N-REASON.parquet            the rows that were left out, each with its reason
-    source.json                            what the source says of itself: counts, days, the oracle's AUC
+    source.json                            what the source says of itself: counts, days, the oracle's AUC, and which
+                                           context columns hold numbers as their `models.schema.bucket`
 
 Columns beyond the named ones are strings, and each becomes a categorical feature: on events a context of the
 impression, on users and items an attribute. The optional columns of events are never features:
@@ -15,6 +17,9 @@ impression, on users and items an attribute. The optional columns of events are 
     created_at                  when the row arrived; of two rows of one impression the newer counts
     split                       train, valid or test, where the source gives the split
     history_start, history_end  the row's history is histories[start:end], oldest first
+
+A source's items may name their pictures, a path or a URL each, in the column `image`. `ingest` copies what lies there,
+and the column ends with it: it is no attribute, and no later step looks outside of this folder.
 
 A source that has no times (`sources.timeless`) gives its histories, be they empty: its timestamps are an order and no
 more, so no history and no popularity is counted over them.
@@ -30,12 +35,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.artifacts import read_json
+
 UTC = pa.timestamp("us", tz="UTC")
 BATCH = 16_384
 ORACLE = "true_probability"
 ARRIVAL = "created_at"
 SPLIT = "split"
 HISTORY = ("history_start", "history_end")
+IMAGE = "image"
 
 EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", UTC), ("label", pa.int8())])
 OPTIONAL = {ORACLE: pa.float32(), ARRIVAL: UTC, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64())}
@@ -51,6 +59,7 @@ ITEMS = pa.schema(
 )
 HISTORIES = pa.schema([("item_id", pa.int64())])
 VECTORS = pa.schema([("item_id", pa.int64()), ("vector", pa.list_(pa.float32()))])
+PICTURES = pa.schema([("item_id", pa.int64()), (IMAGE, pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,11 @@ class Canonical:
             raise ValueError(f"{self.root}/events holds no day; run `dvc repro ingest`")
         return pa.concat_tables([_read(file, EVENTS, OPTIONAL) for file in files])
 
+    def numeric(self) -> list[str]:
+        """The context columns that hold numbers as their `models.schema.bucket`."""
+        found: list[str] = read_json(self.root / "source.json", "ingest").get("numeric", [])
+        return found
+
     def users(self) -> pa.Table:
         return _read(self.root / "users.parquet", USERS, {})
 
@@ -84,6 +98,16 @@ class Canonical:
         """The same, one after the other: they are the widest tables."""
         for file in sorted((self.root / "modalities").glob("*.parquet")):
             yield file.stem, _read(file, VECTORS, {}, extra_columns=False)
+
+    def count_pictures(self) -> int:
+        file = self.root / "pictures.parquet"
+        return int(pq.ParquetFile(file).metadata.num_rows) if file.is_file() else 0
+
+    def pictures(self) -> Iterator[pa.Table]:
+        """(item_id, image) of the items that have a picture, a row group at a time. There must be some."""
+        with pq.ParquetFile(self.root / "pictures.parquet") as opened:
+            for group in range(opened.num_row_groups):  # iter_batches keeps what it has read until its end
+                yield opened.read_row_group(group)
 
     def histories(self) -> pa.ChunkedArray | None:
         """The item ids that history_start and history_end of the events point at; None where they are derived."""

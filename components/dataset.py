@@ -3,6 +3,7 @@
     rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle]
                           and click_log, user_ids; integers as narrow as they fit
     encoder/              schema.json and catalog.safetensors: what every index means
+    unseen.parquet        field, row, value: what of the test rows is UNKNOWN here, and a champion may know
     dataset.json          row ranges of train, valid and test, hashes, counts
 
 A history is click_log[end - length : end]. Vocabularies are those of the training days alone.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,6 +35,7 @@ from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Sc
 if TYPE_CHECKING:
     from feast import FeatureStore
 
+UNSEEN = "unseen.parquet"
 TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -200,6 +203,7 @@ def run(
             "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
             "data_sha256": file_hash(folder / "rows.safetensors"),
         }  # fmt: skip
+        pq.write_table(unseen(columns, joined.fields, splits["test"]), folder / UNSEEN)
         write_json(folder / "dataset.json", facts)
     return facts
 
@@ -226,7 +230,7 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     import pyarrow as pa
 
     from components.contracts import attributes
-    from components.features import feature_store, popularity_level
+    from components.features import NO_ATTRIBUTES, feature_store, popularity_level
 
     last = pc.max(events["timestamp"])
     every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
@@ -242,7 +246,7 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     profile = [
         name
         for name in table.column_names
-        if name not in {*impressions.column_names, "clicks_start", "clicks_end", "views", "clicks"}
+        if name not in {*impressions.column_names, "clicks_start", "clicks_end", "views", "clicks", NO_ATTRIBUTES}
     ]
     for name in profile:
         fields[name], origin[name] = table[name], "user"
@@ -299,6 +303,7 @@ def fit(
     """
     features: list[Feature] = []
     integers: dict[str, Tensor] = {}
+    numbers = data.numeric()
 
     def add(name: str, values: pa.ChunkedArray, owner: Any, *, kind: Any = "categorical", length: int = 1) -> None:
         common = _frequent(values, config.min_count)
@@ -307,10 +312,12 @@ def fit(
         else:
             vocab = tuple(str(value) for value in common)
         origin: Any = joined.origin.get(name) if owner == "impression" else None
-        size = len(common) + SPECIAL
         features.append(
-            Feature(name=name, owner=owner, kind=kind, size=size, length=length, origin=origin, vocab=vocab)
-        )
+            Feature(
+                name=name, owner=owner, kind=kind, size=len(common) + SPECIAL, length=length, origin=origin,
+                vocab=vocab, numeric=origin == "context" and name in numbers,
+            )
+        )  # fmt: skip
 
     for name, column in joined.fields.items():
         if name != "user_id" or len(data.users()) > 1:
@@ -370,6 +377,16 @@ def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Cat
     if joined.oracle is not None:
         columns["oracle"] = torch.from_numpy(joined.oracle.copy())
     return columns
+
+
+def unseen(columns: dict[str, Tensor], fields: dict[str, pa.ChunkedArray], rows: tuple[int, int]) -> pa.Table:
+    """The values (as text) of a range of rows that the vocabulary does not hold; `row` is that of the dataset."""
+    parts = []
+    for name in sorted(name.removeprefix("field.") for name in columns if name.startswith("field.")):
+        at = np.flatnonzero(columns[f"field.{name}"][slice(*rows)].numpy() == UNKNOWN) + rows[0]
+        values = fields[name].take(pa.array(at)).cast(pa.string())
+        parts.append(pa.table({"field": pa.repeat(name, len(at)), "row": at, "value": values}))
+    return pa.concat_tables(parts)
 
 
 def encode_column(encoder: Encoder, name: str, column: pa.ChunkedArray) -> Tensor:

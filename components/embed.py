@@ -2,18 +2,22 @@
 
 Each modality is standardised and scaled to unit length; an item without it holds zeros there, which after
 standardising is the mean item. The modalities lie side by side, PCA takes them to `dim`, and all of it is fitted on
-items shown in the training days alone. A source with texts and no text vectors gets TF-IDF and SVD.
+items shown in the training days alone.
 
-The fit is saved, and its hash is the embedding's version. `embed.fit` takes an earlier one: new items are embedded
-without a refit, and vectors of two versions never meet.
+A modality whose vectors the source gives is taken as it is. Texts without vectors become them by TF-IDF and SVD, or by
+`text_encoder`; pictures by their colours and edges, or by `image_encoder`.
+
+The fit is saved with the names of the encoders that it was made for, and its hash is the embedding's version.
+`embed.fit` takes an earlier one: new items are embedded without a refit, and vectors of two versions never meet.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +25,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.artifacts import file_hash, new_folder, read_json, write_json
-from components.contracts import Canonical, vector_matrix
+from components.contracts import IMAGE, Canonical, vector_matrix
+from components.encoders import Encoder, image_encoder, text_encoder
+from components.pictures import decode
 from components.splits import SplitConfig, split_rows
 from components.validate import require
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 FIT = "fit.safetensors"
 FIT_BATCH = 8192  # items standardised at once
+TEXT_BATCH = 1024  # texts encoded at once
+GIVEN, COUNTED = "vectors of the source", "TF-IDF"
 TFIDF: dict[str, Any] = {"sublinear_tf": True, "stop_words": "english"}
 
 
@@ -35,6 +46,9 @@ class EmbedConfig:
     """dim            width of the fused vector
     text_features  TF-IDF terms kept, where texts must be embedded here
     text_dim       width of their SVD
+    text_encoder   in place of the two: a folder with a model of sentence-transformers, or its name on Hugging Face
+    image_encoder  in place of colours and edges: a folder with a model of open_clip, or its name on Hugging Face;
+                   DVC watches neither: after a change in such a folder, `dvc repro --force --single-item embed`
     seed           of the SVD
     fit            null fits anew, which is a new version of the vectors; a copy of an earlier output of this stage
                    embeds by the fit in it, new items too, and keeps its version
@@ -43,6 +57,8 @@ class EmbedConfig:
     dim: int
     text_features: int
     text_dim: int
+    text_encoder: str | None
+    image_encoder: str | None
     seed: int
     fit: str | None
 
@@ -57,8 +73,6 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
 
     Without any vector or text every embedding is null, and models do without the item vector.
     """
-    from safetensors.numpy import save_file
-
     require(validation, canonical)
     data = Canonical(canonical)
     items = data.items()
@@ -66,37 +80,56 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
     if not train.any():
         raise ValueError("embed: no item is shown in the training days; check ingest and split in params.yaml")
     vectors = {name: _matrix(name, table, items["item_id"]) for name, table in data.modalities().items()}
-    words = None
-    if "text" not in vectors and items["text"].null_count < len(items):
-        words = items["text"]
+    texts = items["text"] if "text" not in vectors and items["text"].null_count < len(items) else None
+    pictures = data.count_pictures()
+    for field, there in (("text_encoder", texts is not None), ("image_encoder", pictures)):
+        if (model := getattr(config, field)) is not None and not there:
+            what = field.removesuffix("_encoder")
+            raise ValueError(
+                f"embed.{field} is {model!r}, but {canonical} has no {what} to encode, or {what} vectors already; "
+                "set it to null"
+            )
+    sentences = text_encoder(config.text_encoder) if config.text_encoder is not None else None
+    images = image_encoder(config.image_encoder) if pictures else None
+    encoders = dict.fromkeys(vectors, GIVEN)
+    if texts is not None:
+        encoders["text"] = sentences.name if sentences else COUNTED
+    if images is not None:
+        encoders[IMAGE] = images.name
     if config.fit is None:
-        fit = fit_texts(config, words, train) if words is not None else Fit({}, [], 1.0)
+        fit = Fit({}, [], encoders, 1.0)
     else:
         fit = load_fit(Path(config.fit), config.dim)
-    if words is not None:
-        vectors["text"] = embed_texts(fit, words)
+        if fit.encoders != encoders:
+            raise ValueError(
+                f"embed.fit: {config.fit} was fitted on {_listed(fit.encoders)}, here are {_listed(encoders)}; "
+                "set embed.fit to null, which fits anew, or bring back what it was fitted on"
+            )
+    if texts is not None and sentences is not None:
+        vectors["text"] = encode_texts(sentences, texts)
+    elif texts is not None:
+        fit = fit_texts(config, fit, texts, train) if config.fit is None else fit
+        vectors["text"] = embed_texts(fit, texts)
+    if images is not None:
+        vectors[IMAGE] = encode_pictures(images, data, items["item_id"])
     if config.fit is None and vectors:
         fit = fit_fusion(config, fit, vectors, train)
-    if fit.modalities != sorted(vectors):
-        raise ValueError(
-            f"embed.fit: {config.fit} was fitted on {fit.modalities}, {canonical} has {sorted(vectors)}; "
-            "set embed.fit to null, which fits anew"
-        )
     has = {f"has_{name}": ~np.isnan(x_IE[:, 0]) for name, x_IE in sorted(vectors.items())}
     nothing = ~np.any(list(has.values()), axis=0) if has else np.ones(len(items), dtype=bool)
     with new_folder(output) as folder:
-        save_file({name: np.ascontiguousarray(values) for name, values in fit.arrays.items()}, folder / FIT)
+        save_fit(fit, folder / FIT)
         facts = {
             "version": file_hash(folder / FIT)[:16],
             "dim": config.dim if vectors else 0,
             "modalities": sorted(vectors),
+            "encoders": encoders,
             "explained_variance": fit.explained,
             "items": len(items),
             "training_items": int(train.sum()),
             "missing": {name.removeprefix("has_"): int((~mask).sum()) for name, mask in has.items()},
             "missing_all": int(nothing.sum()),
         }
-        write_json(folder / "fit.json", {**facts, "text_terms": fit.terms})
+        write_json(folder / "fit.json", facts)
         embedding = pa.nulls(len(items), pa.list_(pa.float32(), config.dim))
         table = pa.table(
             {
@@ -122,29 +155,41 @@ class Fit:
     """What makes vectors of one version.
 
     arrays     NAME.mean, NAME.std of each modality; pca.mean, pca.components, pca.scale; text.idf, text.svd of terms
-    terms      of the TF-IDF, where texts are embedded here
+    terms      of the TF-IDF, where texts are embedded by it
+    encoders   modality -> what made its vectors
     explained  share of the training items' variance that the vectors keep
     """
 
     arrays: dict[str, np.ndarray]
     terms: list[str]
+    encoders: dict[str, str]
     explained: float
 
-    @property
-    def modalities(self) -> list[str]:
-        return sorted(name.removesuffix(".std") for name in self.arrays if name.endswith(".std"))
+
+def save_fit(fit: Fit, file: Path) -> None:
+    """All that embeds is in the one file, so that its hash tells two fits apart."""
+    from safetensors.numpy import save_file
+
+    about = {"terms": fit.terms, "encoders": fit.encoders}
+    arrays = {name: np.ascontiguousarray(values) for name, values in fit.arrays.items()}
+    save_file(arrays, file, {"fit": json.dumps(about, sort_keys=True)})
 
 
 def load_fit(folder: Path, dim: int) -> Fit:
     """The fit in an output of this stage. Raises ValueError where it is none, or of another width."""
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     facts = read_json(folder / "fit.json", "embed")
     if not (folder / FIT).is_file() or file_hash(folder / FIT)[:16] != facts["version"]:
         raise ValueError(f"embed.fit: {folder} holds no {FIT} of version {facts['version']}; copy the folder whole")
     if facts["dim"] != dim:
         raise ValueError(f"embed.dim is {dim}, but the fit of {folder} has {facts['dim']}; set the one to the other")
-    return Fit(load_file(folder / FIT), facts["text_terms"], facts["explained_variance"])
+    with safe_open(folder / FIT, "np") as opened:
+        about = json.loads((opened.metadata() or {}).get("fit", "{}"))
+        if not about:
+            raise ValueError(f"embed.fit: {folder} does not say what encoded its items; set embed.fit to null")
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    return Fit(arrays, about["terms"], about["encoders"], facts["explained_variance"])
 
 
 def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], train: np.ndarray) -> Fit:
@@ -180,7 +225,8 @@ def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], tr
     # One scale for all, so that the vectors enter a network with unit variance and keep their directions.
     scale = np.sqrt(max(variance_E[::-1][: config.dim].mean(), 0)) or 1.0
     arrays |= {"pca.mean": mean_E, "pca.components": components_DE, "pca.scale": np.array([scale])}
-    return Fit(arrays, fit.terms, float(variance_E[::-1][: config.dim].sum() / variance_E.sum()))
+    explained = float(variance_E[::-1][: config.dim].sum() / variance_E.sum())
+    return replace(fit, arrays=arrays, explained=explained)
 
 
 def fuse(fit: Fit, vectors: dict[str, np.ndarray]) -> np.ndarray:
@@ -208,8 +254,14 @@ def _chunks(x_IE: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
         yield x_IE[rows[start : start + FIT_BATCH]].astype(np.float64)
 
 
-def fit_texts(config: EmbedConfig, texts: pa.ChunkedArray, train: np.ndarray) -> Fit:
-    """TF-IDF and SVD, fitted on the training items' texts. Raises ValueError where those share too few words."""
+# ---- texts and pictures -----------------------------------------------------------------------------------------
+
+
+def fit_texts(config: EmbedConfig, fit: Fit, texts: pa.ChunkedArray, train: np.ndarray) -> Fit:
+    """`fit` with TF-IDF and SVD, fitted on the training items' texts.
+
+    Raises ValueError where those share too few words.
+    """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -227,15 +279,13 @@ def fit_texts(config: EmbedConfig, texts: pa.ChunkedArray, train: np.ndarray) ->
         )
     svd = TruncatedSVD(min(config.text_dim, min(fitted.shape) - 1), random_state=config.seed).fit(fitted)
     arrays = {"text.idf": tfidf.idf_, "text.svd": svd.components_}
-    return Fit(arrays, [str(term) for term in tfidf.get_feature_names_out()], 1.0)
+    return replace(fit, arrays=arrays, terms=[str(term) for term in tfidf.get_feature_names_out()])
 
 
 def embed_texts(fit: Fit, texts: pa.ChunkedArray) -> np.ndarray:
     """float64 [items, width] by the fit's terms. Items without a text are NaN rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if not fit.terms:
-        raise ValueError("embed.fit: that fit knows no words, and the items have texts; set embed.fit to null")
     tfidf = TfidfVectorizer(vocabulary=fit.terms, **TFIDF)
     tfidf.idf_ = fit.arrays["text.idf"]
     known = texts.is_valid().to_numpy()
@@ -243,6 +293,45 @@ def embed_texts(fit: Fit, texts: pa.ChunkedArray) -> np.ndarray:
     words = texts.drop_null().to_numpy(zero_copy_only=False)
     vectors_IE[known] = tfidf.transform(words) @ fit.arrays["text.svd"].T
     return vectors_IE
+
+
+def encode_texts(encoder: Encoder[str], texts: pa.ChunkedArray) -> np.ndarray:
+    """float32 [items, width]. Items without a text are NaN rows."""
+    rows = np.flatnonzero(texts.is_valid().to_numpy())
+    batches = (rows[start : start + TEXT_BATCH] for start in range(0, len(rows), TEXT_BATCH))
+    return _filled(len(texts), len(rows), "texts", ((at, encoder.encode(texts.take(at).to_pylist())) for at in batches))
+
+
+def encode_pictures(encoder: Encoder[Image], data: Canonical, item_ids: pa.ChunkedArray) -> np.ndarray:
+    """float32 [items, width] in the order of `item_ids`; NaN rows where an item has no picture. A batch of pictures is
+    in memory at once."""
+    known = item_ids.combine_chunks()
+    encoded = (
+        (
+            pc.index_in(batch["item_id"], value_set=known).to_numpy(),
+            encoder.encode([decode(picture, encoder.side) for picture in batch[IMAGE].to_pylist()]),
+        )
+        for batch in data.pictures()
+    )
+    return _filled(len(item_ids), data.count_pictures(), "pictures", encoded)
+
+
+def _filled(items: int, known: int, what: str, encoded: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """float32 [items, width] of batches of (rows, vectors); NaN where there is none."""
+    from tqdm import tqdm
+
+    found = np.empty((0, 0), dtype=np.float32)
+    with tqdm(total=known, desc=what, unit="item", disable=None) as shown:
+        for rows, x_BE in encoded:
+            if not found.size:
+                found = np.full((items, x_BE.shape[1]), np.nan, dtype=np.float32)
+            found[rows] = x_BE
+            shown.update(len(rows))
+    return found
+
+
+def _listed(encoders: dict[str, str]) -> str:
+    return ", ".join(f"{modality} by {name}" for modality, name in sorted(encoders.items())) or "nothing"
 
 
 def _matrix(name: str, table: pa.Table, item_ids: pa.ChunkedArray) -> np.ndarray:

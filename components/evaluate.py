@@ -1,8 +1,9 @@
 """evaluate: the ranker on the test days, whole and by slice, beside the oracle and the champion on the same rows.
 
 auc                 area under the ROC curve, with a 95% interval: users are resampled, for rows of one user are
-                    not independent
-group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out
+                    not independent; where all rows are of one user (data without users), rows are
+group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out.
+                    Of data without users it is the AUC, of data in which no user has both classes there is none
 calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
 """
 
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
 from components import champion as registry
 from components.artifacts import new_folder, write_json
-from components.dataset import Dataset, encode_column
+from components.dataset import UNSEEN, Dataset, encode_column
 from models.registry import Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch
 
@@ -32,7 +34,7 @@ ROC_POINTS = 200
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """seed              of the resampling
-    bootstrap         resamples of users behind each interval
+    bootstrap         resamples of users (of rows, where there is one user) behind each interval
     calibration_bins  equally filled bins of the predicted probability
     min_slice_rows    a smaller slice is marked as small, and the gate does not judge it
     """
@@ -86,7 +88,7 @@ def run(
     current = registry.current(champion)
     if current is not None:
         with registry.checkpoint(current) as folder:
-            theirs = predict_translated(load(folder), data, (start, end))
+            theirs = predict_translated(load(folder), data, pq.read_table(dataset / UNSEEN), (start, end))
         columns["champion_score"] = theirs
         found["champion"] = {
             "version": current["version"],
@@ -128,8 +130,11 @@ def predict(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> np.nda
     return torch.cat(found).float().numpy()
 
 
-def predict_translated(champion: Checkpoint, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
-    """The same for a model of another day, by its own vocabularies and its own catalog, as it would serve now."""
+def predict_translated(champion: Checkpoint, data: Dataset, unseen: pa.Table, rows: tuple[int, int]) -> np.ndarray:
+    """The same for a model of another day, by its own vocabularies and its own catalog, as it would serve now.
+
+    unseen  the values that today's vocabularies do not hold (`dataset.unseen`), of these rows at least
+    """
     item_of = champion.catalog.rows(data.catalog.item_ids_I)  # this catalog's rows -> the champion's
     item_of[:SPECIAL] = torch.arange(SPECIAL)
     tables: list[tuple[str | None, torch.Tensor]] = []
@@ -142,16 +147,27 @@ def predict_translated(champion: Checkpoint, data: Dataset, rows: tuple[int, int
         raw: Any = list(vocab) if vocab is not None else data.encoder.integers[feature.name].tolist()
         known = encode_column(champion.encoder, feature.name, pa.chunked_array([pa.array(raw, _type(vocab))]))
         tables.append((feature.name, torch.cat([torch.tensor([0, UNKNOWN]), known])))
+    known_to_them = {
+        name: (theirs["row"].to_numpy(), encode_column(champion.encoder, name, theirs["value"]))
+        for name, _ in tables
+        if name is not None and len(theirs := unseen.filter(pc.equal(unseen["field"], name)))
+    }
     log = item_of[data.click_log.long()]
     found = []
     with torch.inference_mode():
         for start in range(rows[0], rows[1], SCORE_BATCH):
             part = slice(start, min(start + SCORE_BATCH, rows[1]))
             batch = data.batch(part)
-            fields = [
-                torch.zeros_like(batch.item_B) if name is None else table[data.columns[f"field.{name}"][part].long()]
-                for name, table in tables
-            ]
+            fields = []
+            for name, table in tables:
+                if name is None:
+                    fields.append(torch.zeros_like(batch.item_B))
+                    continue
+                fields.append(table[data.columns[f"field.{name}"][part].long()])
+                if name in known_to_them:
+                    row, index = known_to_them[name]
+                    first, last = np.searchsorted(row, [part.start, part.stop])
+                    fields[-1][row[first:last] - part.start] = index[first:last]
             fields_BF = torch.stack(fields, 1) if fields else batch.item_B.new_zeros(len(batch.item_B), 0)
             theirs = Batch(fields_BF, item_of[batch.item_B], batch.start_B, batch.end_B)
             found.append(torch.sigmoid(champion.model(theirs, champion.catalog, log).logit_B))
@@ -212,9 +228,14 @@ def calibration_curve(labels: np.ndarray, scores: np.ndarray, bins: int) -> pd.D
 def intervals(
     config: EvaluateConfig, labels: np.ndarray, users: np.ndarray, *, auc: np.ndarray, minus: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """95% interval of the AUC, or of its difference to another score on the same rows; users are resampled."""
+    """95% interval of the AUC, or of its difference to another score on the same rows.
+
+    Users are resampled; rows where all are of one user.
+    """
     rng = np.random.default_rng(config.seed)
-    _, user = np.unique(users, return_inverse=True)
+    distinct, user = np.unique(users, return_inverse=True)
+    if len(distinct) == 1:
+        user = np.arange(len(users))
     found = []
     for _ in range(config.bootstrap):
         weights = rng.poisson(1, user.max() + 1)[user]  # as many resampled users as there are, on average

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.artifacts import read_json, write_json
+from components.artifacts import read_json, sync, write_json
 from components.contracts import ARRIVAL, HISTORY, USERS, UTC, Canonical, attributes, read_parquet
 from components.validate import require
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 SOURCES = ("user_profile", "user_clicks", "user_history", "item_popularity", "item_embedding")
+NO_ATTRIBUTES = "known"  # what a view of users without attributes serves, for it must serve some; no model reads it
+TREES_KIB = 512 * 1024  # of the online store: two million users' keys
 ONLINE = ("user_profile", "user_history", "item_popularity", "item_embedding")
 
 
@@ -82,6 +84,7 @@ def run(
     end = write_sources(config, Canonical(canonical), embedding, output)
     with feature_store(repo) as store:
         apply(store, output)
+        hasten(store)
         print(f"materialize {', '.join(ONLINE)} until {end:%Y-%m-%d %H:%M:%S} UTC", flush=True)
         store.materialize(start_date=datetime(1990, 1, 1, tzinfo=ZONE), end_date=end, feature_views=list(ONLINE))
         checked = check_online(store, output / "sources", config.online_sample)
@@ -92,6 +95,7 @@ def run(
         "online_values_compared": checked,
         "embedding_version": read_json(embedding / "fit.json", "embed")["version"],
     }
+    sync(output)
     write_json(output / "receipt.json", receipt)
     return receipt
 
@@ -136,8 +140,8 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
     first = pc.min(events["timestamp"])
     users = data.users()
     tables["user_profile"] = users.append_column("event_timestamp", pa.repeat(first, len(users)).cast(UTC))
-    if not attributes(users, USERS):  # a view needs a feature to serve
-        tables["user_profile"] = tables["user_profile"].append_column("known", pa.repeat("yes", len(users)))
+    if not attributes(users, USERS):
+        tables["user_profile"] = tables["user_profile"].append_column(NO_ATTRIBUTES, pa.repeat("yes", len(users)))
     vectors = read_parquet(embedding / "item_embedding.parquet")
     vectors = vectors.filter(pc.is_valid(vectors["embedding"]))
     tables["item_embedding"] = pa.table(
@@ -295,6 +299,18 @@ def apply(store: FeatureStore, output: Path) -> None:
                 "write to the folder that feature_repo/definitions.py reads, or mend the path there"
             )
     store.apply([*found.entities, *found.data_sources, *found.feature_views, *found.feature_services])
+
+
+def hasten(store: FeatureStore) -> None:
+    """SQLite as a store wants it that is written at once: entities come in no order, so its trees stay in memory, and
+    nothing is made to last before the receipt. Any other online store is left as it is."""
+    from feast.infra.online_stores.sqlite import SqliteOnlineStore
+
+    online = store._get_provider().online_store
+    if isinstance(online, SqliteOnlineStore):
+        db = online._get_conn(store.config)
+        for setting in (f"cache_size = -{TREES_KIB}", "journal_mode = memory", "synchronous = off"):
+            db.execute(f"pragma {setting}")
 
 
 def check_online(store: FeatureStore, sources: Path, sample: int) -> int:

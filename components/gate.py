@@ -7,12 +7,17 @@ those that pass, the one with the highest test AUC is chosen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from components import champion as registry
 from components.artifacts import read_json, write_json
+
+NOT_MEASURABLE = {
+    "group_auc": "cannot be measured: no user of the test days has both a click and a row without one; where that is "
+    "as it should be, set gate.min_group_auc to null"
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +26,28 @@ class GateConfig:
     max_logloss_ratio   of the logloss of always predicting the test days' click rate
     max_auc_loss        the most that AUC may fall behind the champion's on the same rows
     max_slice_auc_loss  the same for every slice that is not small
+
+    null leaves a rule out, and the decision says so: for a figure that the data cannot give.
     """
 
-    min_auc: float
-    min_group_auc: float
-    max_calibration_error: float
-    max_logloss_ratio: float
-    max_auc_loss: float
-    max_slice_auc_loss: float
-    min_test_rows: int
+    min_auc: float | None
+    min_group_auc: float | None
+    max_calibration_error: float | None
+    max_logloss_ratio: float | None
+    max_auc_loss: float | None
+    max_slice_auc_loss: float | None
+    min_test_rows: int | None
 
     def __post_init__(self) -> None:
         for name in ("min_auc", "min_group_auc"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; an AUC lies in [0, 1]")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; an AUC lies in [0, 1]")
+
+    @property
+    def left_out(self) -> list[str]:
+        """The rules that are null."""
+        return [name for name, limit in asdict(self).items() if limit is None]
 
 
 def run(
@@ -64,7 +77,7 @@ def run(
             raise ValueError(
                 f"{file}: measured against {against}, {champion} names {serves}; run `dvc repro evaluate@{name}`"
             )
-        rules = list(judge(config, metrics))
+        rules = judge(config, metrics)
         passed = all(rule["passed"] for rule in rules)
         candidates[name] = {**judged, "auc": metrics["test"]["auc"], "passed": passed, "rules": rules}
     if not candidates:
@@ -79,14 +92,18 @@ def run(
         "schema_hash": data["schema_hash"],
         "champion": current,
         "candidates": candidates,
-        "reasons": list(reasons(chosen, candidates, current)),
+        "reasons": list(reasons(config, chosen, candidates, current)),
     }
     write_json(output, decision)
     return decision
 
 
-def judge(config: GateConfig, metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each rule with its value, its limit and its verdict. A figure that could not be measured does not pass."""
+def judge(config: GateConfig, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rule that has a limit, with its value and its verdict. A figure that could not be measured does not pass."""
+    return [rule for rule in _rules(config, metrics) if rule["limit"] is not None]
+
+
+def _rules(config: GateConfig, metrics: dict[str, Any]) -> Iterator[dict[str, Any]]:
     test = metrics["test"]
     yield _at_least("test_rows", test["rows"], config.min_test_rows)
     yield _at_least("auc", test["auc"], config.min_auc)
@@ -103,29 +120,35 @@ def judge(config: GateConfig, metrics: dict[str, Any]) -> Iterator[dict[str, Any
             yield _at_most(f"auc_loss on {name}", theirs["auc"] - ours["auc"], config.max_slice_auc_loss)
 
 
-def reasons(chosen: str | None, candidates: dict[str, Any], champion: dict[str, Any] | None) -> Iterator[str]:
+def reasons(
+    config: GateConfig, chosen: str | None, candidates: dict[str, Any], champion: dict[str, Any] | None
+) -> Iterator[str]:
     """The verdict in sentences."""
     if champion is None:
         yield "no champion yet: absolute thresholds alone"
+    if config.left_out:
+        yield f"left out, for they are null in params.yaml: {', '.join(f'gate.{name}' for name in config.left_out)}"
     for name, candidate in candidates.items():
         broken = [rule for rule in candidate["rules"] if not rule["passed"]]
         if broken:
-            told = "; ".join(f"{r['rule']} {_figure(r['value'])} is not {r['must_be']} {r['limit']:g}" for r in broken)
+            told = "; ".join(map(_broken, broken))
             yield f"{name} fails {len(broken)} of {len(candidate['rules'])} rules: {told}"
         else:
             best = ", the highest AUC of those that pass" if name == chosen else ""
             yield f"{name} passes all {len(candidate['rules'])} rules with AUC {candidate['auc']:.4f}{best}"
 
 
-def _figure(value: float | None) -> str:
-    return "not measurable" if value is None else f"{value:.4g}"
+def _broken(rule: dict[str, Any]) -> str:
+    if rule["value"] is None:
+        return f"{rule['rule']} {NOT_MEASURABLE.get(rule['rule'], 'cannot be measured')}"
+    return f"{rule['rule']} {rule['value']:.4g} is not {rule['must_be']} {rule['limit']:g}"
 
 
-def _at_least(rule: str, value: float | None, limit: float) -> dict[str, Any]:
+def _at_least(rule: str, value: float | None, limit: float | None) -> dict[str, Any]:
     return {"rule": rule, "value": value, "must_be": ">=", "limit": limit,
-            "passed": value is not None and value >= limit}  # fmt: skip
+            "passed": value is not None and limit is not None and value >= limit}  # fmt: skip
 
 
-def _at_most(rule: str, value: float | None, limit: float) -> dict[str, Any]:
+def _at_most(rule: str, value: float | None, limit: float | None) -> dict[str, Any]:
     return {"rule": rule, "value": value, "must_be": "<=", "limit": limit,
-            "passed": value is not None and value <= limit}  # fmt: skip
+            "passed": value is not None and limit is not None and value <= limit}  # fmt: skip

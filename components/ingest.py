@@ -26,13 +26,14 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from components import sources
+from components import pictures, sources
 from components.artifacts import new_folder, write_json
 from components.contracts import (
     ARRIVAL,
     EVENTS,
     HISTORIES,
     HISTORY,
+    IMAGE,
     ITEMS,
     OPTIONAL,
     ORACLE,
@@ -49,7 +50,7 @@ from components.sources.simulator import SimulatorConfig
 # Names that later steps give to features, or to columns of their joins.
 RESERVED = {
     "user_id", "item_id", "row_id", "event_timestamp", "tags", "embedding", "history", "views", "clicks",
-    "clicks_start", "clicks_end", *OPTIONAL,
+    "clicks_start", "clicks_end", "known", *OPTIONAL,
 }  # fmt: skip
 POPULARITY = {"views_level", "clicks_level"}  # features too, unless the source gives its histories itself
 UNKNOWN_YET = "not known before until"  # counted, never written: a later delivery changes no byte
@@ -100,7 +101,8 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     raw = sources.read(config)
     events = conform(raw.events, EVENTS, f"{config.source} events", optional=OPTIONAL)
     users = conform(raw.users, USERS, f"{config.source} users")
-    items = conform(raw.items, ITEMS, f"{config.source} items")
+    items = conform(raw.items, ITEMS, f"{config.source} items", optional={IMAGE: pa.string()})
+    items, named = take_pictures(config, raw, items)
     given = set(HISTORY) <= set(events.column_names)
     extra = [*attributes(events, EVENTS), *attributes(users, USERS), *attributes(items, ITEMS)]
     reserved = RESERVED if given else RESERVED | POPULARITY
@@ -141,10 +143,11 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             vectors = conform(table, VECTORS, f"{config.source} modality {name}", extra_columns=False)
             file = folder / "modalities" / f"{name}.parquet"
             pq.write_table(vectors.sort_by("item_id"), file, use_dictionary=False)  # no float comes twice
+        copied = copy_pictures(config, named, folder) if len(named) else None
         if given and raw.histories is not None:
             pq.write_table(raw.histories, folder / "histories.parquet")
         if left_out:
-            (folder / "quarantine").mkdir()
+            (folder / "quarantine").mkdir(exist_ok=True)
         for at, (reason, rows) in enumerate(left_out.items()):
             told = rows.append_column("reason", pa.repeat(reason, len(rows)))
             pq.write_table(told, folder / "quarantine" / f"{at}-{re.sub(r'[^A-Za-z0-9]+', '-', reason)}.parquet")
@@ -159,6 +162,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             "users": len(users),
             "items": len(items),
             "vectors": {name: len(table) for name, table in sorted(raw.modalities.items())},
+            **({"pictures": copied} if copied else {}),
             "rows": ledger,
             "broken": {reason: len(rows) for reason, rows in rejected.items() if len(rows)},
             "unusual_days": days,
@@ -196,6 +200,40 @@ def settle(
         set_aside["corrected later"] = events.filter(pa.array(superseded & ~repeated))
         events = events.filter(pa.array(~superseded))
     return events, rejected, set_aside, unknown_yet
+
+
+def take_pictures(config: IngestConfig, raw: RawTables, items: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The items without the column that names their pictures; and item_id and image of those that name one."""
+    if IMAGE not in items.column_names:
+        return items, pa.table({"item_id": [], IMAGE: []})
+    named = items.select(["item_id", IMAGE]).filter(pc.is_valid(items[IMAGE])).sort_by("item_id")
+    if len(named) and IMAGE in raw.modalities:
+        raise ValueError(
+            f"{config.source}: items name pictures in the column {IMAGE!r}, and there are vectors {IMAGE!r} too; "
+            "give the one or the other"
+        )
+    return items.drop_columns(IMAGE), named
+
+
+def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[str, Any]:
+    """Write pictures.parquet, and what could not be read to quarantine/. Returns the counts, for source.json.
+
+    An item whose picture is left out has none, as one that names none. Raises ValueError where they are too many.
+    """
+    left_out = pictures.copy(named, folder / "pictures.parquet")
+    if len(left_out) > config.max_rejected * len(named):
+        raise ValueError(
+            f"{config.source}: {len(left_out)} of {len(named)} pictures cannot be read, more than "
+            f"ingest.max_rejected ({config.max_rejected}) of them ({pictures.told(left_out)}); mend the files or the "
+            f"column {IMAGE!r} of the items, or raise the limit"
+        )
+    if len(left_out):
+        (folder / "quarantine").mkdir(exist_ok=True)
+        pq.write_table(left_out, folder / "quarantine" / "pictures.parquet")
+        told = f"{len(left_out)} of {len(named)} pictures left out: {pictures.told(left_out)}"
+        Console(stderr=True, highlight=False).print(told, markup=False)
+    reasons = {count["values"]: count["counts"] for count in pc.value_counts(left_out["reason"]).to_pylist()}
+    return {"named": len(named), "written": len(named) - len(left_out), "left_out": reasons}
 
 
 def keep_whole(events: pa.Table, users: pa.Table, items: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:

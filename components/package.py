@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -27,12 +28,12 @@ from torch import Tensor
 
 import bento
 from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_CANDIDATES, SERVING
-from components.artifacts import file_hash, new_folder, read_json, write_json
+from components.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.contracts import read_parquet
 from components.dataset import Dataset
 from components.features import popularity_level
 from models.registry import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
-from models.schema import SPECIAL, UNKNOWN, Batch, Feature
+from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
 GOLDEN_CANDIDATES = 20
 CODE = Path(bento.__file__).parents[1]
@@ -78,17 +79,21 @@ def run(
         for name in CHECKPOINT_FILES:
             shutil.copy(source / name, model / name)
         save_file(item_state(checkpoint, sources.popularity), model / ITEM_STATE)
+        code = Path(scratch) / "code"
+        for part in ("bento", "models"):
+            shutil.copytree(CODE / part, code / part, ignore=shutil.ignore_patterns("__pycache__"))
         hashes = {
             "checkpoint_sha256": judged["checkpoint_sha256"],
             "data_sha256": judged["data_sha256"],
             "schema_sha256": checkpoint.schema_hash,
             "item_state_sha256": file_hash(model / ITEM_STATE),
+            "code_sha256": folder_hash(code),
         }
         served = json.dumps([hashes, config.max_candidates], sort_keys=True)
         version = f"{judged['model']}-{hashlib.sha256(served.encode()).hexdigest()[:12]}"
         write_json(model / SERVING, {"version": version, "max_candidates": config.max_candidates})
         facts = {"version": version, "model": judged["model"], **hashes}
-        build_bento(config.name, version, model, folder.resolve() / "bento", facts, Path(scratch))
+        build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, Path(scratch) / "home")
         write_json(folder / "golden.json", golden(config, checkpoint, data, sources))
         package = {
             "built": True,
@@ -163,11 +168,10 @@ def _origin(checkpoint: Checkpoint, origin: str) -> list[Feature]:
     return [field for field in checkpoint.encoder.schema.impression_fields if field.origin == origin]
 
 
-def build_bento(name: str, version: str, model: Path, output: Path, facts: dict[str, str], scratch: Path) -> None:
+def build_bento(
+    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, str], home: Path
+) -> None:
     """In a process, a folder and a BENTOML_HOME of its own, so that the user's home and store stay as they are."""
-    context = scratch / "code"
-    for package in ("bento", "models"):
-        shutil.copytree(CODE / package, context / package, ignore=shutil.ignore_patterns("__pycache__"))
     words = {
         "name": name,
         "version": version,
@@ -177,12 +181,12 @@ def build_bento(name: str, version: str, model: Path, output: Path, facts: dict[
         "metadata": facts,
     }
     env = os.environ | {
-        "BENTOML_HOME": str(scratch / "home"),
+        "BENTOML_HOME": str(home),
         "BENTOML_DO_NOT_TRACK": "True",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     command = [sys.executable, "-m", "bento.build", json.dumps(words)]
-    done = subprocess.run(command, cwd=context, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=code, env=env, capture_output=True, text=True)
     if done.returncode or not (output / "bento.yaml").is_file():
         raise RuntimeError(f"the Bento was not built (exit {done.returncode}):\n{(done.stdout + done.stderr)[-4000:]}")
 
@@ -194,7 +198,8 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
     """Requests, alternately with a history and with the online store's, and what the server must answer.
 
     Each is {request, scores in the candidates' order, degraded}. Histories of the first kind are the dataset's own:
-    those that rows of the test days point at. Every fifth request holds an item that no catalog knows.
+    those that rows of the test days point at. Users of the second kind have a history, unless nobody has.
+    Every fifth request holds an item that no catalog knows.
     """
     rng = np.random.default_rng(0)
     catalog, log = data.catalog, data.click_log
@@ -202,14 +207,15 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
     test_rows = torch.from_numpy(rng.permutation(np.arange(start, end))[: config.golden_requests])
     pointers = data.batch(test_rows)
     users = data.user_ids(test_rows)
-    stored = rng.permutation(sources.history.index.to_numpy())[: config.golden_requests]
+    in_store = sources.history if len(sources.history) else sources.profile
+    stored = rng.permutation(in_store.index.to_numpy())[: config.golden_requests]
     item_ids = catalog.item_ids_I[SPECIAL:].numpy()
     asked = []
     for i in range(config.golden_requests):
         candidates = rng.choice(item_ids, min(GOLDEN_CANDIDATES, config.max_candidates, len(item_ids)), replace=False)
         if i % 5 == 0:
             candidates[-1] = item_ids.max() + 1
-        context = {field.name: _some_value(checkpoint, field, i) for field in _origin(checkpoint, "context")}
+        context = {field.name: _some_value(checkpoint, field, rng) for field in _origin(checkpoint, "context")}
         request = {"candidates": candidates.tolist(), "context": context}
         if i % 2 == 0:
             row = (i // 2) % len(users)
@@ -218,7 +224,8 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
             request["history"] = catalog.item_ids_I[clicks_C[clicks_C != UNKNOWN]].tolist()
         else:
             request["user_id"] = int(stored[(i // 2) % len(stored)])
-            clicks_C = catalog.rows(torch.from_numpy(sources.history[request["user_id"]].astype(np.int64)))
+            history = sources.history.get(request["user_id"], np.empty(0))
+            clicks_C = catalog.rows(torch.from_numpy(history.astype(np.int64)))
         clicks_C = clicks_C[clicks_C != UNKNOWN]
         asked.append(
             {
@@ -230,9 +237,15 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
     return asked
 
 
-def _some_value(checkpoint: Checkpoint, field: Feature, i: int) -> str:
+def _some_value(checkpoint: Checkpoint, field: Feature, rng: np.random.Generator) -> str | None:
+    """A value of the vocabulary as a client would give it, or none."""
     values = checkpoint.encoder.integers[field.name].tolist() if field.vocab is None else field.vocab
-    return str(values[i % len(values)]) if values else "0"
+    at = int(rng.integers(-1, len(values)))
+    if at < 0:
+        return None
+    if field.numeric and (level := int(values[at])) > 2:
+        return str(math.exp(math.sqrt(level + 0.5)))  # in the middle of the bucket
+    return str(values[at])
 
 
 @torch.inference_mode()
@@ -241,12 +254,14 @@ def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, 
     candidates, user = request["candidates"], request["user_id"]
     fields = []
     for field in checkpoint.encoder.schema.impression_fields:
+        values: list[Any]
         if field.origin == "item":
             counts = sources.popularity[field.name.removesuffix("_level")].reindex(candidates)
             # an item that no catalog knows has no state, whatever was counted of it
             values = [None if np.isnan(n) else int(popularity_level(np.array(n))) for n in counts]
         elif field.origin == "context":
-            values = [request["context"].get(field.name)] * len(candidates)
+            value = request["context"][field.name]
+            values = [bucket(float(value)) if field.numeric and value else value] * len(candidates)
         elif field.name == "user_id":
             values = [user] * len(candidates)
         else:

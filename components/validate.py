@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,17 +130,22 @@ def require(report: Path, canonical: Path) -> None:
 
 
 def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path) -> list[dict[str, Any]]:
-    """Run every suite in one file context of its own, and publish its Data Docs at `docs`."""
+    """Run every suite in one context of its own, and publish its Data Docs at `docs`."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
     from tqdm import tqdm
 
     verdicts: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="clickloop-gx-") as root, new_folder(docs) as site:
+    with new_folder(docs) as site:
         gx_logger = logging.getLogger("great_expectations")
         gx_logger.setLevel(logging.ERROR)
-        context = gx.get_context(mode="file", project_root_dir=root)
+        context = gx.get_context(mode="ephemeral")  # a file context writes all of its settings at every step
+        pages = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.resolve())}
+        index = {"class_name": "DefaultSiteIndexBuilder"}
+        context.update_data_docs_site(
+            "local_site", {"class_name": "SiteBuilder", "store_backend": pages, "site_index_builder": index}
+        )
         context.variables.progress_bars = ProgressBarsConfig(globally=False)  # ours says which table is judged
         source = context.data_sources.add_pandas("canonical")
         for name, (frame, rules) in tqdm(tables.items(), "validate", unit="table", disable=None):
@@ -155,8 +158,6 @@ def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
             )
             verdicts += [_verdict(name, frame, one) for one in result.results]
         context.build_data_docs()
-        built = Path(root) / "gx" / "uncommitted" / "data_docs" / "local_site"
-        shutil.copytree(built, site, dirs_exist_ok=True)
     return verdicts
 
 

@@ -3,7 +3,8 @@
     item           e = [categoricals ‖ set means ‖ W_p vector]            t of the candidate, s_l of the history
     attention      a_l = ReLU( (W_q t)·(W_k s_l) / √A ),  0 at padding    one head, no softmax, no bias
                    o = W_o Σ_l a_l W_v s_l + t
-    input          x_0 = [fields ‖ t ‖ o]                                 without a history: [fields ‖ t]
+    input          x_0 = [fields ‖ t ‖ o]                                 without a history: [fields ‖ t],
+                                                                          without items: [fields]
     layer          z = x ⊙ Σ_r Dropout(W x + b)_r,  W: D → R·D            R rows of width D
                    x ← Dropout(PReLU(BatchNorm(z))) + x
     logit          w·x + b
@@ -169,19 +170,19 @@ class QuadraticLayer(nn.Module):
 
 
 class QIN(Ranker):
-    """The quadratic interest network of a schema. BatchNorm needs two rows or more when training."""
+    """The quadratic interest network of a schema, with or without items. BatchNorm needs two rows or more to train."""
 
     def __init__(self, config: QINConfig, schema: Schema) -> None:
         super().__init__()
         self.history_length = schema.history_length
         self.fields = ImpressionFields(schema, config.exclude, config.dim)
         self.items = ItemTower(schema, config.exclude, config.dim)
-        if len(self.items) == 0:
-            raise ValueError(f"QIN: no item feature left (exclude = {config.exclude}); keep one, or train SDCNv3")
         item_width = len(self.items) * config.dim
         width = len(self.fields.tables) * config.dim + item_width
+        if width == 0:
+            raise ValueError(f"QIN: no feature left (exclude = {config.exclude}); keep one")
         self.attention = None
-        if schema.history_length > 0:
+        if schema.history_length > 0 and item_width > 0:
             self.attention = SparseTargetAttention(item_width, config.attention_dim)
             width += item_width
         self.layers = nn.Sequential(*(QuadraticLayer(width, config.rows, config.dropout) for _ in range(config.layers)))
@@ -219,7 +220,8 @@ class QINRanking:
     @torch.inference_mode()
     def __init__(self, model: QIN, catalog: Catalog) -> None:
         self.fields = deepcopy(model.fields)
-        self.item_IM = torch.cat(model.items(torch.arange(len(catalog)), catalog), 1)
+        parts = model.items(torch.arange(len(catalog)), catalog)
+        self.item_IM = torch.cat(parts, 1) if parts else torch.empty(len(catalog), 0)
         attention = model.attention
         self.projections = None
         if attention is not None:

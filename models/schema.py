@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import inf, log
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 PADDING = 0
 UNKNOWN = 1
 SPECIAL = 2  # indices below this are not values: 0 is "missing or padding", 1 is "never seen in training"
+IDS = {"user_id", "item_id"}  # no features of data that have one user or one item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Feature:
     size   vocabulary size with the two special indices, or the width of a vector.
     vocab  the string values of indices 2, 3, …; None where the raw values are integers (they lie sorted in
            `Encoder.integers[name]`) and for vectors.
+    numeric  a context of numbers, which the server turns into those values by `bucket`.
     """
 
     name: str
@@ -45,6 +48,15 @@ class Feature:
     length: int = 1
     origin: Literal["user", "context", "item"] | None = None
     vocab: tuple[str, ...] | None = None
+    numeric: bool = False
+
+
+def bucket(number: float) -> str | None:
+    """The categorical value of a number: floor(ln(x)²) above 2, else whole x; None where it is not finite.
+
+    The Criteo challenge's own; `components/sources/files.py` has it in SQL.
+    """
+    return str(int(log(number) ** 2 if number > 2 else number)) if -(2**63) <= number < inf else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +93,12 @@ class Schema:
         return next((f for f in self.features if f.kind == "vector"), None)
 
     def without(self, names: Sequence[str]) -> Schema:
-        """The schema a model sees that leaves some features out. Raises ValueError on an unknown name."""
+        """The schema a model sees that leaves some features out; an id that is no feature here is out already.
+
+        Raises ValueError on an unknown name.
+        """
         known = {feature.name for feature in self.features}
-        if missing := set(names) - known:
+        if missing := set(names) - known - IDS:
             raise ValueError(f"exclude: no feature {sorted(missing)} in the schema; it has {sorted(known)}")
         return replace(self, features=tuple(f for f in self.features if f.name not in set(names)))
 

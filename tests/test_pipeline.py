@@ -282,6 +282,8 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
         "checkpoint_sha256": first["checkpoint_sha256"], "bento": tag,
     }  # fmt: skip
     commit(project, "v0.0.1 is the champion")
+    assert f"ctr-ranker v0.0.1 ({tag}) is the champion already" in project.python("-m", "components", "promote")
+    assert set(git(project, "tag").split()) == {"ctr-ranker@v0.0.1", "ctr-ranker#champion#1"}
     assert ran(dvc(project, "repro", "train@qin", "train@sdcnv3")) == {"start"}  # a promotion alone trains nothing
 
     # An edit of one model's rate runs that model, both evaluations (there is a champion now), and what follows.

@@ -2,12 +2,13 @@
 
     events   user_id, item_id, timestamp, created_at, label, split, and the columns that become features
     users    user_id, and attributes                                          optional
-    items    item_id, created_at, title, tags, text, and attributes           optional
+    items    item_id, created_at, title, tags, text, image, and attributes    optional
     vectors  a parquet file a modality: item_id, vector                       optional
 
 Of the events' columns only `label` must be there. Without a user or an item column all rows are of one, 0, which is
 no feature; without a timestamp rows keep their order and the split must be given: a column, or a file for each part.
-Such plain tabular data (Criteo, Avazu) has no histories and no popularity.
+Such plain tabular data (Criteo, Avazu) has no histories and no popularity. An item's image is the path of its picture,
+below ingest.raw unless it is absolute, or a URL.
 
 A value that cannot be read (a label of 2, a time without a zone, a word for a number) sends its row to quarantine with
 the file and the reason. In one event table, a row that an earlier file held too is set aside as repeated.
@@ -29,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from components.contracts import ARRIVAL, EVENTS, HISTORIES, HISTORY, ITEMS, SPLIT, USERS, UTC
+from components.contracts import ARRIVAL, EVENTS, HISTORIES, HISTORY, IMAGE, ITEMS, SPLIT, USERS, UTC
 from components.sources import RawTables, timeless
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 NAMES = {
     "events": (*EVENTS.names, ARRIVAL, SPLIT),
     "users": tuple(USERS.names),
-    "items": tuple(ITEMS.names),
+    "items": (*ITEMS.names, IMAGE),
 }
 PARTS = ("train", "valid", "test")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -53,7 +54,7 @@ class TableConfig:
     """path         a file or a glob, below ingest.raw; for events also {train: …, valid: …, test: …}; null: no table
     columns      canonical name: the files' name, where they differ
     categorical  columns that become features as they are, whole numbers and strings alike
-    numeric      columns that become features in buckets: floor(ln(x)²) above 2, else whole x
+    numeric      columns that become features in buckets: floor(ln(x)²) above 2, else whole x (`models.schema.bucket`)
     """
 
     path: str | dict[str, str] | None
@@ -104,7 +105,10 @@ def read(config: IngestConfig) -> RawTables:
         tags = pc.split_pattern(tags.cast(pa.string()), mapping.separator)
     titles = pc.coalesce(items["title"], items["item_id"].cast(pa.string()))
     created = pc.coalesce(items["created_at"], first)
-    for name, column in {"tags": tags, "title": titles, "created_at": created}.items():
+    pictures = items[IMAGE]
+    whole = pc.or_(pc.match_substring(pictures, "://"), pc.starts_with(pictures, "/"))
+    pictures = pc.if_else(whole, pictures, pc.binary_join_element_wise(config.raw.rstrip("/"), pictures, "/"))
+    for name, column in {"tags": tags, "title": titles, "created_at": created, IMAGE: pictures}.items():
         items = items.set_column(items.column_names.index(name), name, column)
     return RawTables(
         events=events,
@@ -114,6 +118,7 @@ def read(config: IngestConfig) -> RawTables:
         histories=HISTORIES.empty_table() if HISTORY[0] in events.column_names else None,
         rejected=rejected,
         set_aside={"repeated by a later file": repeated} if len(repeated) else {},
+        facts={"numeric": mapping.events.numeric},
     )
 
 

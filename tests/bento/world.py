@@ -184,13 +184,19 @@ def _write_sources(folder: Path, rng: torch.Generator) -> None:
 
 def make_store(world: World) -> Path:
     """A Feast repo with its SQLite store, filled by the definitions that production applies."""
-    from components.features import apply, feature_store
-
     real = Path(__file__).parents[2] / "feature_repo"
     repo = world.root / "feature_repo"
     repo.mkdir()
     for name in ("asof.py", "definitions.py", "feature_store.yaml"):
         shutil.copy(real / name, repo / name)
+    fill_store(world, repo)
+    return repo
+
+
+def fill_store(world: World, repo: Path) -> None:
+    """What `features` does once the sources are written."""
+    from components.features import apply, feature_store
+
     with feature_store(repo) as store:
         apply(store, world.features)
         store.materialize(
@@ -198,4 +204,3 @@ def make_store(world: World) -> Path:
             end_date=datetime(2026, 2, 1, tzinfo=UTC),
             feature_views=["user_profile", "user_history"],
         )
-    return repo

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from components.artifacts import file_hash
-from components.dataset import encode_column
+from components.dataset import UNSEEN, encode_column, unseen
 from models.registry import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 
@@ -129,14 +130,11 @@ def encoder_of(raw: RawRows) -> tuple[Encoder, Catalog]:
 def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Path:
     """The dataset folder. Labels may be changed first: the click log is the one that was drawn."""
 
-    def encoded(name: str, values: Any) -> torch.Tensor:
-        return encode_column(encoder, name, pa.chunked_array([values])).to(torch.int32)
-
     users, user = np.unique(raw.user, return_inverse=True)
+    values = {"user_id": raw.user, "taste": pa.array(raw.taste, pa.string()), "hour": raw.hour}
+    fields = {name: pa.chunked_array([column]) for name, column in values.items()}
     columns = {
-        "field.user_id": encoded("user_id", raw.user),
-        "field.taste": encoded("taste", pa.array(raw.taste, pa.string())),
-        "field.hour": encoded("hour", raw.hour),
+        **{f"field.{name}": encode_column(encoder, name, column).to(torch.int32) for name, column in fields.items()},
         "item": catalog.rows(torch.from_numpy(raw.item)).to(torch.int32),
         "end": torch.from_numpy(raw.end).to(torch.int32),
         "length": torch.from_numpy(raw.length).to(torch.uint8),
@@ -148,6 +146,7 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
     }
     save_encoder(folder / "encoder", encoder, catalog)
     save_file(columns, folder / "rows.safetensors")
+    pq.write_table(unseen(columns, fields, raw.splits["test"]), folder / UNSEEN)
     facts = {
         "splits": raw.splits,
         "bytes_per_row": 20,

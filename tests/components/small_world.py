@@ -221,7 +221,7 @@ class Folders:
 def new_repo(folders: Folders) -> None:
     """A copy of the project's Feast repo."""
     folders.repo.mkdir(parents=True)
-    for name in ("asof.py", "definitions.py", "feature_store.yaml"):
+    for name in (".feastignore", "asof.py", "definitions.py", "feature_store.yaml", "spark.py"):
         shutil.copy(PROJECT / "feature_repo" / name, folders.repo / name)
 
 
@@ -231,7 +231,7 @@ def prepare(raw: RawTables, root: Path, until: str | None = None) -> Folders:
     new_repo(folders)
     ingest_tables(raw, folders.canonical, until)
     write_json(folders.report, {"passed": True, "canonical_sha256": folder_hash(folders.canonical)})
-    config = EmbedConfig(dim=3, text_features=10, text_dim=3, seed=1, fit=None)
+    config = EmbedConfig(dim=3, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, folders.canonical, folders.report, folders.embedding)
     return folders
 

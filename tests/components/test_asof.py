@@ -15,8 +15,12 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
 from feast.types import Array, Int64, String
 
+from components import features
+from components.contracts import Canonical
+from components.dataset import point_in_time
 from components.features import feature_store
-from tests.components.small_world import PROJECT
+from tests.components.small_world import FEATURES as CONFIG
+from tests.components.small_world import PROJECT, hand_tables, prepare
 
 SECOND = 1_000_000
 ROWS, KEYS, SECONDS = 400, 7, 40
@@ -134,3 +138,30 @@ def test_a_cutoff_by_created_timestamp_is_feasts(repo: Path) -> None:
 
     (ours, every), (feasts, _) = ((names(s, True), names(s, False)) for s in stores(repo, timedelta(0)))
     assert ours == feasts != every
+
+
+@pytest.mark.parametrize("kind", ["asof.AsofOfflineStore", "duckdb", "file"])
+def test_two_candidates_of_one_user_at_one_time(tmp_path: Path, kind: str) -> None:
+    """They are two rows of the join, and one of them twice is three. Feast's `file` store, its default, takes a view's
+    key and time for the row's own and keeps one of a kind: no training set comes out of it."""
+    world = prepare(hand_tables(), tmp_path)
+    (world.features / "sources").mkdir(parents=True)
+    data = Canonical(world.canonical)
+    features.write_sources(CONFIG, data, world.embedding, world.features)
+    settings = world.repo / "feature_store.yaml"
+    settings.write_text(settings.read_text().replace("asof.AsofOfflineStore", kind))
+    events = data.events()
+    user, last = events["user_id"][-1].as_py(), events["timestamp"][-1]
+    items = events["item_id"].unique().to_pylist()[:2]
+    items.append(items[0])
+    rows = pa.table({"user_id": [user] * 3, "item_id": items, "event_timestamp": pa.repeat(last, 3)})
+    with feature_store(world.repo) as store:
+        features.apply(store, world.features)
+        if kind == "file":
+            with pytest.raises(ValueError, match="3 rows went into Feast's join, 1 came back"):
+                point_in_time(store, "training", rows)
+            return
+        joined = point_in_time(store, "training", rows).to_pylist()
+    assert [row["item_id"] for row in joined] == items
+    assert joined[0] == joined[2] and joined[0]["views"] != joined[1]["views"]
+    assert joined[0]["clicks_end"] == joined[1]["clicks_end"] is not None

@@ -80,7 +80,7 @@ def test_there_is_no_section_that_no_step_reads() -> None:
 def test_unknown_key_is_named_with_the_known_ones(edited: Callable[[Edit], Path]) -> None:
     said = message(edited(lambda p: p["embed"].update(dimension=3)), "embed")
     assert "embed.dimension: unknown key" in said
-    assert "dim, fit, seed, text_dim, text_features" in said
+    assert "dim, fit, image_encoder, seed, text_dim, text_encoder, text_features" in said
 
 
 def test_unknown_nested_key_is_named_with_the_known_ones_there(edited: Callable[[Edit], Path]) -> None:

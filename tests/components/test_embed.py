@@ -12,18 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from components import embed
 from components.artifacts import folder_hash, write_json
 from components.contracts import Canonical
 from components.embed import EmbedConfig
+from components.encoders import image_encoder, text_encoder
 from components.sources import RawTables
 from components.sources.simulator import read
 from components.splits import SplitConfig, rows_by_day, split_days
+from tests.components.small_encoders import clip_model, sentence_model
 from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
 
-CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, seed=1, fit=None)
+CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, text_encoder=None, image_encoder=None, seed=1, fit=None)
 SPLIT = SplitConfig(valid_share=0.1, test_share=0.1)
 Run = Callable[..., Path]
 
@@ -237,9 +241,10 @@ def test_an_earlier_fit_must_be_whole_and_of_the_same_kind(embedded: Path, raw: 
     kept = replace(CONFIG, fit=str(embedded))
     with pytest.raises(ValueError, match=r"embed\.dim is 5, but the fit of .* has 6; set the one to the other"):
         run(raw, tmp_path / "dim", replace(kept, dim=5))
-    with pytest.raises(ValueError, match=r"was fitted on \['image', 'text'\], .* has \['text'\]; set embed\.fit"):
+    told = r"fitted on image by vectors of the source, text by vectors of the source, here are text by vectors of .*;"
+    with pytest.raises(ValueError, match=told):
         run(replace(raw, modalities={"text": raw.modalities["text"]}), tmp_path / "kinds", kept)
-    with pytest.raises(ValueError, match=r"that fit knows no words, and the items have texts"):
+    with pytest.raises(ValueError, match=r"text by vectors of the source, here are .*text by TF-IDF; set embed\.fit"):
         run(with_texts(raw, image=True), tmp_path / "words", kept)
     with pytest.raises(ValueError, match=r"fit\.json is not there"):
         run(raw, tmp_path / "none", replace(kept, fit=str(tmp_path / "no")))
@@ -253,6 +258,15 @@ def test_an_earlier_fit_must_be_whole_and_of_the_same_kind(embedded: Path, raw: 
 # ---- texts ------------------------------------------------------------------------------------------------------
 
 WORDS = ("gambit", "rook", "orbit", "nebula", "espresso", "roast", "reef", "swell")
+
+
+def terms(folder: Path) -> list[str]:
+    with safe_open(folder / "fit.safetensors", "np") as opened:
+        return json.loads(opened.metadata()["fit"])["terms"]
+
+
+def version(folder: Path) -> str:
+    return json.loads((folder / "fit.json").read_text())["version"]
 
 
 def with_texts(raw: RawTables, image: bool = False) -> RawTables:
@@ -274,11 +288,11 @@ def test_texts_without_vectors_are_embedded_and_can_be_by_hand(raw: RawTables, t
     folder = run(given, tmp_path)
     fit, facts = load_file(folder / "fit.safetensors"), json.loads((folder / "fit.json").read_text())
     assert facts["modalities"] == ["image", "text"]
-    assert facts["text_terms"] == sorted(WORDS)  # no stop word, and no word of later items alone
+    assert terms(folder) == sorted(WORDS)  # no stop word, and no word of later items alone
     images = dict(zip(*(given.modalities["image"][c].to_pylist() for c in ("item_id", "vector")), strict=True))
     found = vectors(folder)
     assert sum(v is None for v in found.values()) == facts["missing_all"] > 0
-    tfidf = TfidfVectorizer(sublinear_tf=True, vocabulary=facts["text_terms"])
+    tfidf = TfidfVectorizer(sublinear_tf=True, vocabulary=terms(folder))
     tfidf.idf_ = fit["text.idf"]
     for item, text in zip(given.items["item_id"].to_pylist(), given.items["text"].to_pylist(), strict=True):
         told = {"image": np.array(images[item]) if item in images else None}
@@ -309,3 +323,158 @@ def test_texts_are_embedded_by_an_earlier_fit(raw: RawTables, tmp_path: Path) ->
     first = run(given, tmp_path / "first", replace(CONFIG, dim=3))
     again = run(given, tmp_path / "again", replace(CONFIG, dim=3, fit=str(first)))
     assert folder_hash(first) == folder_hash(again)
+
+
+def test_the_version_tells_the_words(raw: RawTables, tmp_path: Path) -> None:
+    """Two fits of the same numbers, and another word for one of them: no vector of the one is one of the other."""
+    given = with_texts(raw)
+    other = [None if text is None else text.replace("rook", "rool") for text in given.items["text"].to_pylist()]
+    folders = [
+        run(tables, tmp_path / name, replace(CONFIG, dim=3))
+        for name, tables in (("rook", given), ("rool", replace(given, items=with_column(given.items, "text", other))))
+    ]
+    arrays = [load_file(folder / "fit.safetensors") for folder in folders]
+    assert all(np.array_equal(values, arrays[1][name]) for name, values in arrays[0].items())
+    assert version(folders[0]) != version(folders[1])
+
+
+# ---- encoders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sentence_model(tmp_path_factory.mktemp("sentences"))
+
+
+def test_texts_go_through_an_encoder(raw: RawTables, sentences: Path, tmp_path: Path, monkeypatch) -> None:
+    """By an earlier fit too, in batches of any size; the vectors follow from the fit's numbers and the encoder's."""
+    given = with_texts(raw, image=True)
+    config = replace(CONFIG, text_encoder=str(sentences))
+    folder = run(given, tmp_path / "first", config)
+    encoder = text_encoder(str(sentences))
+    facts = json.loads((folder / "fit.json").read_text())
+    assert facts["encoders"] == {"image": "vectors of the source", "text": encoder.name}
+    texts = dict(zip(given.items["item_id"].to_pylist(), given.items["text"].to_pylist(), strict=True))
+    assert facts["missing"]["text"] == list(texts.values()).count(None) > 0
+    image = given.modalities["image"]
+    images = dict(zip(image["item_id"].to_pylist(), image["vector"].to_pylist(), strict=True))
+    fit, found = load_file(folder / "fit.safetensors"), vectors(folder)
+    assert not any(name in fit for name in ("text.idf", "text.svd")) and terms(folder) == []
+    for item, text in texts.items():
+        told = {"image": np.array(images[item]) if item in images else None}
+        told["text"] = None if text is None else encoder.encode([text])[0]
+        if found[item] is None:
+            assert set(told.values()) == {None}
+        else:
+            np.testing.assert_allclose(found[item], by_hand(fit, told), atol=1e-3)
+    monkeypatch.setattr(embed, "TEXT_BATCH", 7)
+    again = run(given, tmp_path / "again", replace(config, fit=str(folder)))
+    assert version(again) == version(folder)
+    for item, vector in vectors(again).items():
+        np.testing.assert_allclose(vector, found[item], atol=1e-3) if vector is not None else None
+
+
+def test_vectors_of_two_encoders_never_meet(raw: RawTables, sentences: Path, tmp_path: Path) -> None:
+    """Other weights are another version, and no fit of the one embeds by the other."""
+    given = with_texts(raw)
+    (tmp_path / "other").mkdir()
+    configs = {
+        "counted": replace(CONFIG, dim=3),
+        "encoded": replace(CONFIG, dim=3, text_encoder=str(sentences)),
+        "other weights": replace(CONFIG, dim=3, text_encoder=str(sentence_model(tmp_path / "other", seed=1))),
+    }
+    folders = {name: run(given, tmp_path / name, config) for name, config in configs.items()}
+    assert len({version(folder) for folder in folders.values()}) == 3
+    names = {name: json.loads((f / "fit.json").read_text())["encoders"]["text"] for name, f in folders.items()}
+    for fitted, folder in folders.items():
+        for name, config in configs.items():
+            if name != fitted:
+                told = f"fitted on text by {names[fitted]}, here are text by {names[name]}; set embed.fit to null"
+                with pytest.raises(ValueError, match=told):
+                    run(given, tmp_path / f"{fitted}-{name}", replace(config, fit=str(folder)))
+
+
+def test_an_encoder_that_has_nothing_to_encode(raw: RawTables, sentences: Path, tmp_path: Path) -> None:
+    told = r"embed\.{0}_encoder is .*, but .* has no {0} to encode, or {0} vectors already; set it to null"
+    with pytest.raises(ValueError, match=told.format("text")):  # its texts have vectors
+        run(replace(with_texts(raw), modalities=raw.modalities), tmp_path / "1", replace(CONFIG, text_encoder="any"))
+    with pytest.raises(ValueError, match=told.format("text")):  # it has no texts
+        run(replace(raw, modalities={}), tmp_path / "2", replace(CONFIG, text_encoder=str(sentences)))
+    with pytest.raises(ValueError, match=told.format("image")):
+        run(raw, tmp_path / "3", replace(CONFIG, image_encoder="any"))
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------------
+
+
+def with_pictures(raw: RawTables, folder: Path, more: dict[int, Image.Image] | None = None) -> RawTables:
+    """Pictures of noise for some items, and no vectors; and `more` items, with pictures of their own."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    ids = raw.items["item_id"].to_pylist()
+    drawn = {i: Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)) for i in ids[1::10] + ids[2::3]}
+    items = raw.items
+    for item, picture in (more or {}).items():
+        new = {**items.to_pylist()[-1], "item_id": item}
+        items = pa.concat_tables([items, pa.Table.from_pylist([new], items.schema)])
+        drawn[item] = picture
+    for item, picture in drawn.items():
+        picture.save(folder / f"{item}.png")
+    places = [str(folder / f"{item}.png") if item in drawn else None for item in items["item_id"].to_pylist()]
+    return replace(raw, items=items.append_column("image", pa.array(places)), modalities={})
+
+
+def test_pictures_are_described_and_can_be_by_hand(raw: RawTables, tmp_path: Path) -> None:
+    given = with_pictures(raw, tmp_path / "pictures")
+    folder = run(given, tmp_path)
+    facts, fit, found = (
+        json.loads((folder / "fit.json").read_text()), load_file(folder / "fit.safetensors"), vectors(folder),
+    )  # fmt: skip
+    assert facts["encoders"] == {"image": "descriptors 1"}
+    places = dict(zip(given.items["item_id"].to_pylist(), given.items["image"].to_pylist(), strict=True))
+    assert facts["missing"] == {"image": list(places.values()).count(None)} and None in places.values()
+    for item, place in places.items():
+        if place is None:
+            assert found[item] is None
+        else:
+            (vector,) = image_encoder(None).encode([Image.open(place)])
+            np.testing.assert_allclose(found[item], by_hand(fit, {"image": vector}), atol=1e-4)
+    assert folder_hash(run(given, tmp_path / "again")) == folder_hash(folder)
+
+
+def test_new_pictures_are_embedded_without_a_refit(raw: RawTables, tmp_path: Path) -> None:
+    """The old items keep their vectors to the byte, in batches of another size; a refit is another version."""
+    first = run(with_pictures(raw, tmp_path / "a"), tmp_path / "first")
+    new = Image.new("RGB", (50, 50), "orange")
+    grown = with_pictures(raw, tmp_path / "b", {999_999: new})
+    events = with_column(grown.events, "item_id", [999_999, *grown.events["item_id"].to_pylist()[1:]])
+    grown = replace(grown, events=events)
+    kept = run(grown, tmp_path / "kept", replace(CONFIG, fit=str(first)))
+    refit = run(grown, tmp_path / "refit")
+    assert version(kept) == version(first) != version(refit)
+    before, after = vectors(first), vectors(kept)
+    for item, vector in before.items():
+        assert np.array_equal(vector, after[item]) if vector is not None else after[item] is None
+    (described,) = image_encoder(None).encode([new])
+    fit = load_file(first / "fit.safetensors")
+    np.testing.assert_allclose(after[999_999], by_hand(fit, {"image": described}), atol=1e-4)
+    given = replace(raw, modalities={"image": raw.modalities["image"]})
+    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, here are image by vectors of the source"):
+        run(given, tmp_path / "no", replace(CONFIG, fit=str(first)))
+
+
+def test_pictures_go_through_an_encoder(raw: RawTables, tmp_path: Path) -> None:
+    clip = clip_model(tmp_path / "clip")
+    given, config = with_pictures(raw, tmp_path / "pictures"), replace(CONFIG, image_encoder=str(clip))
+    folder, described = run(given, tmp_path / "encoded", config), run(given, tmp_path / "described")
+    encoder = image_encoder(str(clip))
+    assert json.loads((folder / "fit.json").read_text())["encoders"] == {"image": encoder.name}
+    fit, found = load_file(folder / "fit.safetensors"), vectors(folder)
+    for item, place in zip(given.items["item_id"].to_pylist(), given.items["image"].to_pylist(), strict=True):
+        if place is not None:
+            (vector,) = encoder.encode([Image.open(place)])
+            # drawn weights tell pictures little apart, and standardising makes the rounding of a batch large
+            np.testing.assert_allclose(found[item], by_hand(fit, {"image": vector}), atol=0.02)
+    assert version(folder) != version(described)
+    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, here are image by open_clip clip "):
+        run(given, tmp_path / "mixed", replace(config, fit=str(described)))

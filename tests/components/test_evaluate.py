@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from components import evaluate
 from components.config import load
-from components.dataset import Dataset
+from components.dataset import UNSEEN, Dataset
 from components.evaluate import EvaluateConfig
 from models.registry import Checkpoint, build, checkpoint_hash, save
 from models.registry import load as load_checkpoint
@@ -43,6 +44,11 @@ def dataset(tmp_path_factory, raw, write_dataset) -> Path:
 @pytest.fixture(scope="module")
 def data(dataset) -> Dataset:
     return Dataset.open(dataset)
+
+
+@pytest.fixture(scope="module")
+def unseen(dataset) -> pa.Table:
+    return pq.read_table(dataset / UNSEEN)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +218,20 @@ def test_the_difference_of_two_scores_is_measured_on_the_same_users() -> None:
     assert width(found) < width(evaluate.intervals(CONFIG, label, user, auc=score)) / 4  # the users' noise cancels
 
 
+def test_without_users_rows_are_resampled() -> None:
+    """All rows are of user 0: whole resamples of that user would all be alike, an interval of no width."""
+    label, score, _ = scored(5, rows=900)
+    config, nobody = replace(CONFIG, bootstrap=300), np.zeros(900, np.int64)
+    found = evaluate.intervals(config, label, nobody, auc=score)
+    assert found == evaluate.intervals(config, label, np.arange(900), auc=score)
+    rng = np.random.default_rng(9)
+    drawn = [rng.integers(0, 900, 900) for _ in range(300)]
+    low, high = np.quantile([roc_auc_score(label[rows], score[rows]) for rows in drawn], [0.025, 0.975])
+    assert width(found) == pytest.approx(high - low, rel=0.25)
+    assert evaluate.group_auc(label, score, nobody) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+    assert evaluate.group_auc(label, score, np.arange(900)) is None
+
+
 def test_too_few_users_for_an_interval_are_told() -> None:
     """One user is drawn away in every third resample, and with it a class in most of the rest."""
     label = np.array([1, 0], dtype=np.int8)
@@ -320,7 +340,7 @@ def test_the_champion_is_measured_on_the_same_rows(
 
 @pytest.mark.parametrize("model", ["qin", "sdcnv3"])
 def test_a_champion_of_another_day_scores_by_its_own_vocabulary(
-    data, raw, encoder_over, save_model, tmp_path, monkeypatch, model
+    data, unseen, raw, encoder_over, save_model, tmp_path, monkeypatch, model
 ) -> None:
     """Its encoder knows other users, hours, tastes (in another order) and items than today's."""
     users = sorted(set(raw.user.tolist()))
@@ -331,19 +351,17 @@ def test_a_champion_of_another_day_scores_by_its_own_vocabulary(
     theirs = load_checkpoint(save_model(tmp_path / "theirs", encoder, catalog, "x", model))
     monkeypatch.setattr(evaluate, "SCORE_BATCH", 77)
     start, end = raw.splits["test"]
-    found = evaluate.predict_translated(theirs, data, (start, end))
+    found = evaluate.predict_translated(theirs, data, unseen, (start, end))
 
     # by hand, out of the raw values
     user_index = {value: i + 2 for i, value in enumerate(sorted([*users[::2], 5, 10**9]))}
     hour_index = {value: i + 2 for i, value in enumerate([3, 4, 5, 20, 99])}
     taste_index = {value: i + 2 for i, value in enumerate(tastes)}
     item_row = {value: i + 2 for i, value in enumerate([*range(40, 70), 10**12])}
-    train_users = {int(user) for user in raw.user[slice(*raw.splits["train"])]}
     rows = range(start, end)
     fields = [
         [
-            # today's dataset does not say which of the users that it does not know a row is of
-            user_index.get(int(raw.user[i]), UNKNOWN) if int(raw.user[i]) in train_users else UNKNOWN,
+            user_index.get(int(raw.user[i]), UNKNOWN),
             PADDING if raw.taste[i] is None else taste_index.get(raw.taste[i], UNKNOWN),
             hour_index.get(int(raw.hour[i]), UNKNOWN),
         ]
@@ -361,19 +379,21 @@ def test_a_champion_of_another_day_scores_by_its_own_vocabulary(
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
     assert np.ptp(found) > 0.1
     assert {UNKNOWN, PADDING} < {row[1] for row in fields}
+    new = set(raw.user[start:end].tolist()) - set(raw.user[slice(*raw.splits["train"])].tolist())
+    assert new & set(users[::2])  # the champion knows some users that today's vocabulary does not
 
 
-def test_a_feature_that_is_no_longer_collected_is_missing(data, encoder_over, save_model, tmp_path) -> None:
+def test_a_feature_that_is_no_longer_collected_is_missing(data, unseen, encoder_over, save_model, tmp_path) -> None:
     """The champion has a field that today's schema lacks: it sees padding there."""
     encoder, catalog = encoder_over([1000], [3], ("rock",), range(40, 70))
     named = [replace(f, name="mood") if f.name == "taste" else f for f in encoder.schema.features]
     encoder = replace(encoder, schema=replace(encoder.schema, features=tuple(named)))
     theirs = load_checkpoint(save_model(tmp_path / "theirs", encoder, catalog, "x"))
     start, end = data.splits["test"]
-    found = evaluate.predict_translated(theirs, data, (start, end))
+    found = evaluate.predict_translated(theirs, data, unseen, (start, end))
     with torch.no_grad():
         theirs.model.fields.tables[1].weight[1:] = 99  # nothing but padding is looked up
-    np.testing.assert_array_equal(evaluate.predict_translated(theirs, data, (start, end)), found)
+    np.testing.assert_array_equal(evaluate.predict_translated(theirs, data, unseen, (start, end)), found)
 
 
 def test_a_checkpoint_of_other_data_is_refused(

@@ -146,9 +146,45 @@ def test_what_could_not_be_measured_does_not_pass(figure, value, rules) -> None:
     assert [found["rule"] for found in gate.judge(CONFIG, metrics) if not found["passed"]] == rules
 
 
-def test_the_reason_says_what_is_not_measurable(run) -> None:
+def test_the_reason_says_what_is_not_measurable_and_what_to_do(run) -> None:
     run.add("qin", group_auc=None)
-    assert run()["reasons"][1] == "qin fails 1 of 5 rules: group_auc not measurable is not >= 0.55"
+    assert run()["reasons"][1] == (
+        "qin fails 1 of 5 rules: group_auc cannot be measured: no user of the test days has both a click and a row "
+        "without one; where that is as it should be, set gate.min_group_auc to null"
+    )
+
+
+LIMITS = {
+    "min_auc": ({"auc": 0.1}, "auc"),
+    "min_group_auc": ({"group_auc": None}, "group_auc"),
+    "max_calibration_error": ({"calibration_error": 0.9}, "calibration_error"),
+    "max_logloss_ratio": ({"logloss": 9.0}, "logloss_ratio"),
+    "min_test_rows": ({"rows": 3}, "test_rows"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_null_leaves_a_rule_out_and_is_told(run, limit) -> None:
+    beyond, rule = LIMITS[limit]
+    run.add("qin", **beyond)
+    assert broken(run()) == [rule]
+    decision = run(replace(CONFIG, **{limit: None}))
+    assert decision["verdict"] == "approve"
+    assert [r["rule"] for r in decision["candidates"]["qin"]["rules"] if r["rule"] == rule] == []
+    assert decision["reasons"][1] == f"left out, for they are null in params.yaml: gate.{limit}"
+    assert decision["reasons"][2].startswith("qin passes all 4 rules")
+
+
+def test_null_leaves_the_champions_rules_out(run) -> None:
+    run.champion(POINTER)
+    theirs = measured(auc=0.9)
+    theirs["slices"]["new users"]["auc"] = 0.9
+    run.add("qin", champion=theirs)
+    assert broken(run()) == ["auc_loss", "auc_loss on new users"]
+    assert broken(run(replace(CONFIG, max_auc_loss=None))) == ["auc_loss on new users"]
+    decision = run(replace(CONFIG, max_auc_loss=None, max_slice_auc_loss=None))
+    assert decision["verdict"] == "approve"
+    assert decision["reasons"][0].endswith("null in params.yaml: gate.max_auc_loss, gate.max_slice_auc_loss")
 
 
 def test_falling_behind_the_champion_rejects(run) -> None:

@@ -38,7 +38,7 @@ def run(world: World, config: PackageConfig = CONFIG) -> dict:
 def no_bento(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the model folder where the Bento would hold it, and spares the seconds of the build."""
 
-    def keep(name: str, version: str, model: Path, output: Path, facts: dict, scratch: Path) -> None:
+    def keep(name: str, version: str, model: Path, code: Path, output: Path, facts: dict, home: Path) -> None:
         shutil.copytree(model, output)
 
     monkeypatch.setattr(package, "build_bento", keep)
@@ -110,6 +110,22 @@ def test_golden_scores_are_those_of_the_scorer(world: World) -> None:
 
 
 @pytest.mark.usefixtures("no_bento")
+def test_where_nobody_has_a_history_golden_requests_ask_about_the_users_there_are(world: World) -> None:
+    for name in ("user_history", "item_popularity"):
+        file = world.features / "sources" / f"{name}.parquet"
+        pq.write_table(pq.read_table(file).slice(0, 0), file)
+    run(world, replace(CONFIG, golden_requests=24))
+    golden = json.loads((world.root / "package" / "golden.json").read_text())
+    scorer = Scorer(world.root / "package" / "bento")
+    profile = pq.read_table(world.features / "sources" / "user_profile.parquet").to_pandas().set_index("user_id")
+    assert {case["request"]["user_id"] for case in golden[1::2]} == set(USER_IDS)
+    for case in golden[1::2]:
+        user, context = case["request"]["user_id"], case["request"]["context"]
+        found = scorer.rank(user, case["request"]["candidates"], [], {"gender": profile["gender"][user]}, context)
+        assert found.tolist() == pytest.approx(case["scores"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_bento")
 def test_item_state_is_the_newest_popularity(world: World) -> None:
     run(world)
     state = load_file(world.root / "package" / "bento" / ITEM_STATE)
@@ -125,14 +141,22 @@ def test_item_state_is_the_newest_popularity(world: World) -> None:
 
 
 @pytest.mark.usefixtures("no_bento")
-def test_the_version_follows_the_bytes(world: World) -> None:
+def test_the_version_follows_the_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(world)["version"]
     assert first.startswith("qin-")
     assert run(world)["version"] == first
     popularity = world.features / "sources" / "item_popularity.parquet"
     table = pq.read_table(popularity)
     pq.write_table(table.set_column(1, "views", pa.array([9] * len(table))), popularity)
-    assert run(world)["version"] != first
+    second = run(world)["version"]
+    assert second != first
+    for part in ("bento", "models"):
+        shutil.copytree(package.CODE / part, world.root / "code" / part)
+    monkeypatch.setattr(package, "CODE", world.root / "code")
+    assert run(world)["version"] == second
+    with (world.root / "code" / "bento" / "scorer.py").open("a") as opened:
+        opened.write("# mended\n")
+    assert run(world)["version"] not in (first, second)
 
 
 def test_a_rejection_builds_nothing(world: World) -> None:

@@ -107,6 +107,11 @@ def test_interests_drift_by_the_configured_angle(world: World) -> None:
     assert (first * last).sum(axis=1).mean() > (first * np.roll(first, 1, axis=0)).sum(axis=1).mean() + 0.2
 
 
+def test_interests_of_some_are_theirs_among_all(world: World) -> None:
+    some = np.array([3, 5, 8, BIG.users - 1])
+    assert np.array_equal(world.interests(2, some), world.interests(2)[some])
+
+
 def test_clicks_follow_todays_interests(world: World, events: pd.DataFrame) -> None:
     last = events[events["timestamp"].dt.day == events["timestamp"].dt.day.max()]
     user = (last["user_id"].to_numpy() - FIRST_USER) // STRIDE

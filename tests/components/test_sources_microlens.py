@@ -103,7 +103,7 @@ def folders(given: Layout, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     new_repo(found)
     ingest.run(ingest_config("microlens", str(raw), until=None), found.canonical)
     validate.run(VALIDATE, found.canonical, found.report, found.root / "docs")
-    config = EmbedConfig(dim=16, text_features=10, text_dim=3, seed=1, fit=None)
+    config = EmbedConfig(dim=16, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, found.canonical, found.report, found.embedding)
     features.run(FEATURES, found.canonical, found.report, found.embedding, found.repo, found.features)
     config = DatasetConfig(history_length=LENGTH, min_count=1, max_tags=5)
@@ -138,7 +138,7 @@ def test_levels_are_the_rows_context_and_nothing_is_counted_over_times_that_are_
     data: Dataset, given: Layout
 ) -> None:
     origin = {f.name: f.origin for f in data.schema.impression_fields}
-    assert origin == {"user_id": "user", "known": "user", "likes_level": "context", "views_level": "context"}
+    assert origin == {"user_id": "user", "likes_level": "context", "views_level": "context"}
     raw = [str(v) for name in ("train", "valid") for v in given[name]["views_level"].to_pylist()]
     assert data.columns["field.views_level"].tolist() == data.encoder.encode("views_level", raw).tolist()
 

@@ -418,7 +418,9 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
     kept.write_text("{}")
     with pytest.raises(ValueError, match="the data did not pass"):
         embed.run(
-            embed.EmbedConfig(dim=4, text_features=100, text_dim=8, seed=1, fit=None),
+            embed.EmbedConfig(
+                dim=4, text_features=100, text_dim=8, text_encoder=None, image_encoder=None, seed=1, fit=None
+            ),
             SplitConfig(valid_share=0.1, test_share=0.1),
             canonical,
             cells.report_file,
@@ -445,6 +447,19 @@ def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path)
         r for r in rules.event_rules(None, columns) if r.column == "timestamp" and "between" in r.expectation_type
     )
     assert abs(pd.Timestamp(limit.max_value) - pd.Timestamp.now(tz="UTC")) < pd.Timedelta(minutes=1)
+
+
+def test_events_are_judged_column_by_column(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Great Expectations maps a Python function over the values of a column whose type it does not know: float32."""
+    tables = validate.suites(VALIDATE, Canonical(clean), json.loads((clean / "source.json").read_text()))
+
+    def one_by_one(self: pd.Series, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{self.name} is judged one value at a time")
+
+    monkeypatch.setattr(pd.Series, "map", one_by_one)
+    verdicts = validate.judge({"events": tables["events"]}, tmp_path / "docs")
+    assert "true_probability" in {verdict["column"] for verdict in verdicts}
+    assert all(verdict["passed"] for verdict in verdicts)
 
 
 # ---- several at once --------------------------------------------------------------------------------------------

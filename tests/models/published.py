@@ -86,9 +86,10 @@ def qin(
 ) -> Tensor:
     """Logits [B], with keys and values for every history position."""
     x = field_parts(state, schema, config.exclude, batch.fields_BF)
-    t = torch.cat(item_parts(state, schema, config.exclude, batch.item_B.long(), catalog), -1)
+    parts = item_parts(state, schema, config.exclude, batch.item_B.long(), catalog)
+    t = torch.cat(parts, -1) if parts else x[0][:, :0]
     x.append(t)
-    if schema.history_length > 0:
+    if schema.history_length > 0 and parts:
         s = torch.cat(item_parts(state, schema, config.exclude, hist_BL, catalog), -1)
         q = t @ state["attention.query.weight"].T
         k = s @ state["attention.key.weight"].T

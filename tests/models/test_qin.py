@@ -68,6 +68,7 @@ def test_equals_the_published_form(make_world, shaken, training, dropout):
         {"fields": 3, "history": 1},
         {"clicks": 0},
         {"categoricals": 0, "sets": 0},
+        {"categoricals": 0, "sets": 0, "vector": 0},
     ],
     ids=str,
 )
@@ -185,8 +186,13 @@ def rank_one_by_one(model, world):
 
 @pytest.mark.parametrize("family", ["qin", "sdcnv3"])
 @pytest.mark.parametrize(
-    "options", [{}, {"history": 0}, {"fields": 0}, {"vector": 0}, {"sets": 2}, {"clicks": 0}], ids=str
-)
+    "options",
+    [
+        {}, {"history": 0}, {"fields": 0}, {"vector": 0}, {"sets": 2}, {"clicks": 0},
+        {"categoricals": 0, "sets": 0, "vector": 0}, {"categoricals": 0, "sets": 0, "vector": 0, "history": 0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_ranking_gives_the_scores_of_the_model(make_world, shaken, family, options):
     world = make_world(**options)
     model = build(family, {"dim": 4, **({"rows": 3} if family == "qin" else {"heads": 2})}, world.schema).double()
@@ -273,5 +279,5 @@ def test_refuses_unknown_and_too_many_exclusions(make_world):
     schema = make_world().schema
     with pytest.raises(ValueError, match="no feature \\['colour'\\]"):
         QIN(QINConfig(exclude=("colour",)), schema)
-    with pytest.raises(ValueError, match="no item feature left"):
-        QIN(QINConfig(exclude=("item_id", "kind_1", "set_0", "vector")), schema)
+    with pytest.raises(ValueError, match=r"QIN: no feature left \(exclude = \('field_0', "):
+        QIN(QINConfig(exclude=("field_0", "field_1", "item_id", "kind_1", "set_0", "vector")), schema)

@@ -134,6 +134,11 @@ class TestSchema:
         with pytest.raises(ValueError, match=r"no feature \['colr'\] in the schema"):
             SCHEMA.without(["colr", "age"])
 
+    def test_without_an_id_that_is_no_feature(self):
+        assert SCHEMA.without(["user_id"]) == SCHEMA
+        nothing = Schema(features=(AGE,), history_length=0)
+        assert nothing.without(["item_id", "user_id"]) == nothing
+
     def test_refuses_features_that_repeat_and_two_vectors(self):
         with pytest.raises(ValueError, match="repeat"):
             Schema(features=(AGE, AGE), history_length=0)

@@ -1,0 +1,108 @@
+"""A server that reads on while `features` makes the stores anew under it. What is in a row: tests/components."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from feast.infra.registry import registry
+
+from bento import features
+from bento.features import feast_reader
+from tests.bento.world import ITEM_IDS, USER_IDS, World, fill_store, make_store, make_world
+
+USER = USER_IDS[3]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+def rewrite_histories(world: World, items: list[int]) -> None:
+    """Every user's history, in the source."""
+    file = world.features / "sources" / "user_history.parquet"
+    table = pq.read_table(file)
+    lists = pa.array([items] * len(table), pa.list_(pa.int64()))
+    pq.write_table(table.set_column(1, "history", lists), file)
+
+
+def end_run(world: World) -> None:
+    (world.features / "receipt.json").write_text("{}")
+
+
+def drop_stores(world: World) -> None:
+    """As the stage begins: nothing of the run before is left."""
+    for name in ("receipt.json", "registry.db", "online.db"):
+        (world.features / name).unlink(missing_ok=True)
+
+
+def test_a_store_made_anew_is_served_once_it_is_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite_histories(world, ITEM_IDS[:2])
+    repo = make_store(world)
+    end_run(world)
+    fetch = feast_reader(str(repo))
+    assert fetch is not None
+    assert fetch(USER)["history"] == ITEM_IDS[:2]
+
+    later = datetime.now().astimezone() + timedelta(hours=1)
+    monkeypatch.setattr(registry, "_utc_now", lambda: later)  # no cache of Feast's is young enough
+    drop_stores(world)
+    assert fetch(USER)["history"] == ITEM_IDS[:2]
+    assert not (world.features / "registry.db").exists()  # Feast makes one where it opens none
+    (world.features / "registry.db").write_bytes(b"half a registry")
+    assert fetch(USER)["history"] == ITEM_IDS[:2]
+    drop_stores(world)
+    rewrite_histories(world, ITEM_IDS[5:8])
+    fill_store(world, repo)
+    assert fetch(USER)["history"] == ITEM_IDS[:2]  # there, and nobody has said that it is whole
+    end_run(world)
+    assert fetch(USER)["history"] == ITEM_IDS[5:8]
+
+
+def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None:
+    """As `dvc checkout` does: the receipt stays, or comes first."""
+    rewrite_histories(world, ITEM_IDS[:2])
+    repo = make_store(world)
+    end_run(world)
+    fetch = feast_reader(str(repo))
+    assert fetch is not None
+    with sqlite3.connect(world.features / "online.db") as store:  # a push changes the file, and makes no new one
+        store.execute("create table other (x)")
+    opened: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_Opened", lambda repo: opened.append(repo))
+        fetch(USER)
+    assert opened == []
+    shutil.copy(world.features / "online.db", world.features / "kept.db")
+    (world.features / "kept.db").replace(world.features / "online.db")
+    with sqlite3.connect(world.features / "online.db") as store:
+        for (table,) in store.execute("select name from sqlite_master where name like '%user_history'").fetchall():
+            store.execute(f'delete from "{table}"')
+    assert fetch(USER)["history"] is None
+
+
+def test_what_cannot_be_opened_leaves_what_was_there(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    repo = make_store(world)
+    end_run(world)
+    fetch = feast_reader(str(repo))
+    assert fetch is not None
+    before = fetch(USER)
+    assert before["history"]
+    drop_stores(world)
+    (world.features / "registry.db").write_bytes(b"no registry")
+    (world.features / "online.db").write_bytes(b"no store")
+    end_run(world)
+    for _ in range(3):
+        assert fetch(USER) == before
+    assert sum("cannot be opened" in message for message in caplog.messages) == 1
+    drop_stores(world)
+    rewrite_histories(world, ITEM_IDS[5:8])
+    fill_store(world, repo)
+    end_run(world)
+    assert fetch(USER)["history"] == ITEM_IDS[5:8] != before["history"]

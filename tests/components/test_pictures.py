@@ -1,0 +1,351 @@
+"""pictures: what items name is copied to the byte, whatever cannot be read is told, and nothing of it is a feature."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from components import dataset, embed, features, ingest, pictures
+from components.artifacts import folder_hash, read_json
+from components.contracts import PICTURES, Canonical
+from components.dataset import Dataset, DatasetConfig
+from components.embed import EmbedConfig
+from components.encoders import describe
+from components.pictures import ABSENT, BROKEN, LARGE, VAST, UnreadableError, decode
+from components.sources import RawTables
+from components.sources.files import FilesConfig
+from tests.components.small_world import (
+    FEATURES,
+    NO_FILES,
+    NO_TABLE,
+    SPLIT,
+    Folders,
+    ingest_config,
+    ingest_tables,
+    new_repo,
+    validated,
+)
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def drawn(seed: int, width: int = 48, height: int = 32) -> Image.Image:
+    """A few rectangles."""
+    rng = np.random.default_rng(seed)
+    picture = Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3).tolist()))
+    for _ in range(4):
+        x, y = rng.integers(0, width), rng.integers(0, height)
+        picture.paste(tuple(rng.integers(0, 256, 3).tolist()), (int(x), int(y), int(x) + 15, int(y) + 12))
+    return picture
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says how large it would be."""
+    content = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    size, end = struct.pack(">I", 13), b"\0\0\0\0IEND\xaeB`\x82"
+    return b"\x89PNG\r\n\x1a\n" + size + content + struct.pack(">I", zlib.crc32(content)) + end
+
+
+# ---- one picture ------------------------------------------------------------------------------------------------
+
+
+def turned() -> bytes:
+    """A red and blue flag that lies on its side, and says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by a quarter to the right
+    flag = Image.new("RGB", (40, 20), RED)
+    flag.paste(BLUE, (20, 0, 40, 20))
+    return encoded(flag, exif=exif)
+
+
+def translucent() -> bytes:
+    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))  # black where nobody sees it
+    picture.putpixel((0, 0), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (255, 0, 0, 102))
+    return encoded(picture)
+
+
+SEEN = {
+    "upright": (turned(), (20, 40), {(10, 5): RED, (10, 35): BLUE}),
+    "on white": (translucent(), (4, 4), {(0, 0): RED, (1, 0): (255, 153, 153), (3, 3): (255, 255, 255)}),
+    "grey": (encoded(Image.new("L", (3, 2), 7)), (3, 2), {(1, 1): (7, 7, 7)}),
+    "palette with one colour through": (
+        encoded(Image.new("P", (3, 2), 0), "GIF", transparency=0), (3, 2), {(1, 1): (255, 255, 255)},
+    ),
+    "moving": (
+        encoded(Image.new("RGB", (3, 2), RED), "GIF", save_all=True, append_images=[Image.new("RGB", (3, 2), BLUE)]),
+        (3, 2), {(1, 1): RED},
+    ),
+    "print colours": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (8, 8), {(4, 4): (254, 0, 0)}),
+    "webp": (encoded(Image.new("RGB", (8, 8), BLUE), "WEBP", lossless=True), (8, 8), {(4, 4): BLUE}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_a_picture_is_what_one_sees(what: str) -> None:
+    picture, size, pixels = SEEN[what]
+    found = decode(picture)
+    assert (found.mode, found.size) == ("RGB", size)
+    for at, colour in pixels.items():
+        np.testing.assert_allclose(found.getpixel(at), colour, atol=1)
+
+
+def test_a_jpeg_may_come_smaller() -> None:
+    picture = encoded(drawn(1).resize((960, 640)), "JPEG", quality=95)
+    assert decode(picture).size == (960, 640)
+    small = decode(picture, side=64)
+    assert 64 <= small.size[1] < 128
+    np.testing.assert_allclose(describe([small]), describe([decode(picture)]), atol=0.05)
+
+
+BAD = {
+    "no bytes": (b"", BROKEN),
+    "words": (b"<html>not found</html>", BROKEN),
+    "a PNG cut short": (encoded(drawn(0))[:90], BROKEN),
+    "a JPEG cut short": (encoded(drawn(0), "JPEG")[:-300], BROKEN),
+    "no format for the web": (encoded(drawn(0), "TIFF"), BROKEN),
+    "no pixel": (header(4, 4), BROKEN),
+    "too many pixels": (header(8192, 4097), VAST),
+    "more than Pillow warns of": (header(10_000, 10_000), VAST),
+    "more than Pillow opens": (header(60_000, 60_000), VAST),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("side", [None, 64])
+def test_a_picture_that_cannot_be_read(what: str, side: int | None, recwarn: pytest.WarningsRecorder) -> None:
+    picture, reason = BAD[what]
+    with pytest.raises(UnreadableError) as told:
+        decode(picture, side)
+    assert told.value.reason == reason
+    assert not recwarn.list
+
+
+def test_broken_bytes_raise_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    outcomes = {True: 0, False: 0}
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        whole = encoded(drawn(2), kind)
+        for _ in range(150):
+            broken = np.frombuffer(whole, np.uint8).copy()
+            at = rng.integers(0, rng.choice([20, len(broken)]), rng.choice([1, 5, 20]))
+            broken[at] = rng.integers(0, 256, len(at))
+            try:
+                decode(broken.tobytes(), 64)
+                outcomes[True] += 1
+            except UnreadableError:
+                outcomes[False] += 1
+    assert min(outcomes.values()) > 50
+
+
+# ---- many -------------------------------------------------------------------------------------------------------
+
+
+def named(places: dict[int, str]) -> pa.Table:
+    return pa.table({"item_id": list(places), "image": list(places.values())})
+
+
+def test_bytes_are_copied_in_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "BATCH", 5)
+    contents = {100 + i: encoded(drawn(i), ["PNG", "JPEG"][i % 2]) for i in range(17)}
+    for item, content in contents.items():
+        (tmp_path / str(item)).write_bytes(content)
+    file = tmp_path / "pictures.parquet"
+    left_out = pictures.copy(named({item: str(tmp_path / str(item)) for item in contents}), file)
+    assert len(left_out) == 0
+    opened = pq.ParquetFile(file)
+    assert opened.schema_arrow.equals(PICTURES)
+    assert [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)] == [5, 5, 5, 2]
+    assert Canonical(tmp_path).count_pictures() == 17
+    found = pa.concat_tables(Canonical(tmp_path).pictures()).to_pylist()
+    assert [(row["item_id"], row["image"]) for row in found] == list(contents.items())
+
+
+def test_few_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written and read, Arrow holds a few batches and not the sixty there are."""
+    size, batch = 100_000, 5
+    monkeypatch.setattr(pictures, "BATCH", batch)
+    (tmp_path / "a.png").write_bytes(encoded(drawn(0)).ljust(size, b"\0"))
+    held, before = [], pa.total_allocated_bytes()
+
+    def watched(picture: bytes, side: int | None = None) -> Image.Image:
+        held.append(pa.total_allocated_bytes() - before)
+        return decode(picture, side)
+
+    monkeypatch.setattr(pictures, "decode", watched)
+    pictures.copy(named(dict.fromkeys(range(300), str(tmp_path / "a.png"))), tmp_path / "pictures.parquet")
+    for _ in Canonical(tmp_path).pictures():
+        held.append(pa.total_allocated_bytes() - before)
+    assert len(held) == 300 + 60
+    assert batch * size <= max(held) < 4 * batch * size
+
+
+def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_BYTES", 2000)
+    fsspec.filesystem("memory").pipe("/pictures-test/a.png", encoded(drawn(0)))
+    (tmp_path / "words.png").write_bytes(b"words")
+    (tmp_path / "vast.png").write_bytes(header(60_000, 60_000))
+    (tmp_path / "just.png").write_bytes(encoded(drawn(1)).ljust(2000, b"\0"))
+    (tmp_path / "large.png").write_bytes(encoded(drawn(1)).ljust(2001, b"\0"))
+    places = {
+        1: "memory://pictures-test/a.png", 2: f"{tmp_path}/no.png", 3: f"{tmp_path}/words.png",
+        4: f"{tmp_path}/vast.png", 5: f"{tmp_path}/just.png", 6: f"{tmp_path}/large.png",
+        7: "nosuch://there/b.png", 8: str(tmp_path),
+    }  # fmt: skip
+    left_out = pictures.copy(named(places), tmp_path / "pictures.parquet")
+    assert pq.read_table(tmp_path / "pictures.parquet")["item_id"].to_pylist() == [1, 5]
+    reasons = {row["item_id"]: row["reason"] for row in left_out.to_pylist()}
+    assert reasons == {2: ABSENT, 3: BROKEN, 4: VAST, 6: LARGE, 7: ABSENT, 8: ABSENT}
+    assert left_out["image"].to_pylist() == [places[item] for item in reasons]
+    told = pictures.told(left_out)
+    assert f"{ABSENT}: 3, e.g. {tmp_path}/no.png of item 2: FileNotFoundError" in told and f"{LARGE}: 1" in told
+
+
+# ---- from files to a dataset ------------------------------------------------------------------------------------
+
+START = datetime(2024, 3, 1, tzinfo=UTC)
+ITEMS = 30
+
+
+def world(raw: Path, pictures_of: dict[int, bytes], places: dict[int, str | None] | None = None) -> FilesConfig:
+    """Nine days of impressions, and items whose pictures lie beside; item 29 names none."""
+    rng = np.random.default_rng(0)
+    rows = 9 * 120
+    raw.mkdir(parents=True)
+    events = pa.table(
+        {
+            "user_id": rng.integers(0, 20, rows),
+            "item_id": rng.integers(0, ITEMS, rows),
+            "timestamp": [START + timedelta(minutes=12 * i) for i in range(rows)],
+            "label": rng.integers(0, 2, rows),
+        }
+    )
+    pq.write_table(events, raw / "events.parquet")
+    (raw / "photos").mkdir()
+    for item, content in pictures_of.items():
+        (raw / "photos" / f"{item}.png").write_bytes(content)
+    named_so = {item: f"photos/{item}.png" if item < 29 else None for item in range(ITEMS)} | (places or {})
+    items = {
+        "item_id": list(named_so), "photo": list(named_so.values()), "kind": ["a", "b", "c"] * (ITEMS // 3),
+        "text": [["the black rook", "a black gambit", "no rook, a gambit"][i % 3] for i in range(ITEMS)],
+    }  # fmt: skip
+    pq.write_table(pa.table(items), raw / "items.parquet")
+    return replace(
+        NO_FILES,
+        events=replace(NO_TABLE, path="events.parquet"),
+        items=replace(NO_TABLE, path="items.parquet", columns={"image": "photo"}, categorical=["kind"]),
+    )
+
+
+PHOTOS = {item: encoded(drawn(item)) for item in range(29)}
+EMBED = EmbedConfig(dim=4, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
+
+
+def test_from_files_to_a_dataset(tmp_path: Path) -> None:
+    """Relative to ingest.raw, absolute, and behind a URL; validated, embedded, and no feature is made of a path."""
+    folders = Folders(tmp_path)
+    (tmp_path / "elsewhere.png").write_bytes(PHOTOS[1])
+    fsspec.filesystem("memory").pipe("/pictures-world/2.png", PHOTOS[2])
+    places = {1: str(tmp_path / "elsewhere.png"), 2: "memory://pictures-world/2.png"}
+    mapping = world(tmp_path / "raw", {i: p for i, p in PHOTOS.items() if i not in places}, places)
+    config = ingest_config("files", f"{tmp_path}/raw/", None, mapping)
+    facts = ingest.run(config, folders.canonical)
+    assert facts["pictures"] == {"named": 29, "written": 29, "left_out": {}}
+    data = Canonical(folders.canonical)
+    assert data.items().column_names == ["item_id", "created_at", "title", "tags", "text", "kind"]
+    copied = pa.concat_tables(data.pictures()).to_pylist()
+    assert [(row["item_id"], row["image"]) for row in copied] == list(PHOTOS.items())
+    again = ingest.run(config, tmp_path / "again")
+    assert again == facts and folder_hash(tmp_path / "again") == folder_hash(folders.canonical)
+
+    report = validated(folders.canonical)
+    embedded = embed.run(EMBED, SPLIT, folders.canonical, report, folders.embedding)
+    assert embedded["encoders"] == {"image": "descriptors 1", "text": "TF-IDF"}
+    assert embedded["missing"] == {"image": 1, "text": 0}
+    new_repo(folders)
+    features.run(FEATURES, folders.canonical, report, folders.embedding, folders.repo, folders.features)
+    made = DatasetConfig(history_length=4, min_count=1, max_tags=2)
+    dataset.run(made, SPLIT, folders.canonical, folders.features, folders.repo, folders.dataset)
+    schema = Dataset.open(folders.dataset).schema
+    assert {feature.name for feature in schema.features} >= {"kind", "embedding"}
+    assert "image" not in {feature.name for feature in schema.features}
+    assert schema.embedding_version == embedded["version"]
+
+
+def test_broken_pictures_are_counted_and_their_items_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = PHOTOS | {3: b"words", 7: header(60_000, 60_000)}
+    del given[5]
+    config = ingest_config("files", str(tmp_path / "raw"), None, world(tmp_path / "raw", given))
+    told = r"files: 3 of 29 pictures cannot be read, more than ingest\.max_rejected \(0\.01\)"
+    first = rf"{BROKEN}: 1, e\.g\. {tmp_path}/raw/photos/3\.png of item 3: .*mend the files or the column 'image'"
+    with pytest.raises(ValueError, match=f"{told}.*{first}"):
+        ingest.run(config, tmp_path / "canonical")
+    assert not (tmp_path / "canonical").exists()
+    facts = ingest.run(replace(config, max_rejected=0.2), tmp_path / "canonical")
+    assert "3 of 29 pictures left out" in capsys.readouterr().err.replace("\n", " ")
+    assert facts["pictures"] == {"named": 29, "written": 26, "left_out": {BROKEN: 1, ABSENT: 1, VAST: 1}}
+    assert read_json(tmp_path / "canonical" / "source.json", "ingest")["pictures"] == facts["pictures"]
+    kept = pq.read_table(tmp_path / "canonical" / "quarantine" / "pictures.parquet").to_pylist()
+    assert {row["item_id"]: row["reason"] for row in kept} == {3: BROKEN, 5: ABSENT, 7: VAST}
+    embedded = embed.run(EMBED, SPLIT, tmp_path / "canonical", validated(tmp_path / "canonical"), tmp_path / "vectors")
+    assert embedded["missing"] == {"image": 4, "text": 0}
+    table = pq.read_table(tmp_path / "vectors" / "item_embedding.parquet").to_pylist()
+    assert [row["item_id"] for row in table if not row["has_image"]] == [3, 5, 7, 29]
+
+
+def test_no_picture_at_all(tmp_path: Path) -> None:
+    config = ingest_config("files", str(tmp_path / "raw"), None, world(tmp_path / "raw", {}, dict.fromkeys(range(29))))
+    facts = ingest.run(config, tmp_path / "canonical")
+    assert "pictures" not in facts and not (tmp_path / "canonical" / "pictures.parquet").exists()
+    assert Canonical(tmp_path / "canonical").count_pictures() == 0
+
+
+def test_pictures_and_image_vectors_are_one_too_many(tmp_path: Path) -> None:
+    mapping = world(tmp_path / "raw", PHOTOS)
+    vectors = pa.table({"item_id": [0, 1], "vector": [[1.0, 2.0], [2.0, 1.0]]})
+    pq.write_table(vectors, tmp_path / "raw" / "vectors.parquet")
+    config = ingest_config("files", str(tmp_path / "raw"), None, replace(mapping, vectors={"image": "vectors.parquet"}))
+    with pytest.raises(
+        ValueError, match=r"items name pictures in the column 'image', and there are vectors 'image' too"
+    ):
+        ingest.run(config, tmp_path / "canonical")
+
+
+def test_a_source_of_ones_own_names_pictures(tmp_path: Path) -> None:
+    """As the README tells: one more column of the items."""
+    (tmp_path / "a.png").write_bytes(PHOTOS[0])
+    tables = RawTables(
+        events=pa.table({"user_id": [1, 1], "item_id": [5, 6], "timestamp": pa.array([START] * 2), "label": [0, 1]}),
+        users=pa.table({"user_id": [1]}),
+        items=pa.table(
+            {
+                "item_id": [5, 6], "created_at": pa.array([START] * 2), "title": ["A", "B"],
+                "tags": pa.array([[], []], pa.list_(pa.string())), "text": pa.nulls(2, pa.string()),
+                "image": [None, str(tmp_path / "a.png")],
+            }
+        ),
+        modalities={},
+    )  # fmt: skip
+    facts = ingest_tables(tables, tmp_path / "canonical")
+    assert facts["pictures"]["written"] == 1
+    (batch,) = Canonical(tmp_path / "canonical").pictures()
+    assert batch.to_pylist() == [{"item_id": 6, "image": PHOTOS[0]}]
