@@ -24,15 +24,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for file in scratch.rglob("*"):  # on the disk before the name says that it is whole
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        sync(scratch)
         shutil.rmtree(path, ignore_errors=True)
         scratch.rename(path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def sync(folder: Path) -> None:
+    """Its files are on the disk: what says that they are whole may be written."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 @contextmanager

@@ -65,6 +65,8 @@ def event_frame(data: Canonical) -> pd.DataFrame:
     events, items = data.events(), data.items()
     own = [name for name in (*EVENTS.names, ORACLE) if name in events.column_names]
     frame = events.select(own).to_pandas()
+    if ORACLE in own:  # of float32 Great Expectations judges one value at a time
+        frame[ORACLE] = frame[ORACLE].astype(np.float64)
     row = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks(), skip_nulls=True)
     created = items["created_at"].take(row.combine_chunks())
     frame["item_is_known"] = pc.is_valid(row).to_numpy()

@@ -121,20 +121,22 @@ class World:
         self.intercept = 0.0
         self.intercept = self._solve_intercept()
 
-    def interests(self, day: int) -> np.ndarray:
-        """z_u(day): float32 [users, topics]."""
-        angle_U1 = (self.phase_U + self.config.drift * day)[:, None]
-        return _sphere(np.cos(angle_U1) * self.first_UK + np.sin(angle_U1) * self.second_UK)
+    def interests(self, day: int, users: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """z_u(day) of these users, or of all: float32 [users, topics]."""
+        angle_U1 = (self.phase_U[users] + self.config.drift * day)[:, None]
+        return _sphere(np.cos(angle_U1) * self.first_UK[users] + np.sin(angle_U1) * self.second_UK[users])
 
     def day(self, day: int, rows: int | None = None) -> pa.Table:
         """One day's impressions in time order, with labels and the true click probability."""
         rng = np.random.default_rng([self.config.seed, day])
         n = rows or self.config.impressions_per_day
-        z_UK = self.interests(day)
         user_B = _draw(rng, np.where(self.arrival_U <= day, self.activity_U, 0), n)
-        item_B = self._candidates(rng, z_UK, user_B, day)
+        is_here_U = np.zeros(self.config.users, dtype=bool)
+        is_here_U[user_B] = True
+        z_HK, here_B = self.interests(day, np.flatnonzero(is_here_U)), (np.cumsum(is_here_U) - 1)[user_B]
+        item_B = self._candidates(rng, z_HK, here_B, day)
         device_B = _draw(rng, np.array(DEVICE_SHARE), n).astype(np.int8)
-        affinity_B = np.einsum("bk,bk->b", z_UK[user_B], self.z_IK[item_B])
+        affinity_B = np.einsum("bk,bk->b", z_HK[here_B], self.z_IK[item_B])
         item_effect_I = self.quality_I + self.z_IK @ self.fashion_DK[day]
         logit_B = self.intercept + self.config.sharpness * affinity_B + item_effect_I[item_B] + DEVICE_EFFECT[device_B]
         probability_B = (1 / (1 + np.exp(-logit_B))).astype(np.float32)
@@ -151,18 +153,19 @@ class World:
             }
         )
 
-    def _candidates(self, rng: np.random.Generator, z_UK: np.ndarray, user_B: np.ndarray, day: int) -> np.ndarray:
-        """Half by popularity at large, half by popularity within a topic drawn from the user's interests."""
+    def _candidates(self, rng: np.random.Generator, z_HK: np.ndarray, here_B: np.ndarray, day: int) -> np.ndarray:
+        """Half by popularity at large, half by popularity within a topic drawn from the user's interests: z_HK are
+        those of the day's users, here_B the row of each impression's."""
         weight_I = np.where(self.arrival_I <= day, self.weight_I, 0)
         order_I = np.argsort(self.topics_I, kind="stable")
         cumulative_I = np.cumsum(weight_I[order_I])
         last_K = np.searchsorted(self.topics_I[order_I], np.arange(len(TOPICS)), "right") - 1
         bounds_K1 = np.concatenate([[0.0], np.where(last_K >= 0, cumulative_I[last_K], 0.0)])
-        taste_UK = np.cumsum(np.clip(z_UK, 0, None) ** 2 + 1e-3, axis=1)
-        taste_UK /= taste_UK[:, -1:]
-        n = len(user_B)
+        taste_HK = np.cumsum(np.clip(z_HK, 0, None) ** 2 + 1e-3, axis=1)
+        taste_HK /= taste_HK[:, -1:]
+        n = len(here_B)
         topical = np.flatnonzero(rng.random(n, dtype=np.float32) < 0.5)
-        topic = (taste_UK[user_B[topical]] < rng.random((len(topical), 1), dtype=np.float32)).sum(axis=1)
+        topic = (taste_HK[here_B[topical]] < rng.random((len(topical), 1), dtype=np.float32)).sum(axis=1)
         low_B, high_B = np.zeros(n), np.full(n, cumulative_I[-1])
         low_B[topical] = bounds_K1[topic]
         # A topic none of whose items has arrived yet has no width: take any item instead.
