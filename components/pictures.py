@@ -114,7 +114,8 @@ def _fetched(place: str) -> bytes | UnreadableError:
     import fsspec
 
     try:
-        with fsspec.open(place, "rb") as opened:
+        system, path = fsspec.core.url_to_fs(place)
+        with system.open(path, "rb", cache_type="none") as opened:  # what is read, and no megabytes ahead
             picture = opened.read(MAX_BYTES + 1)
     except Exception as error:  # each filesystem of fsspec has errors of its own
         return UnreadableError(ABSENT, f"{type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import posixpath
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -346,50 +347,46 @@ class File:
     def columns(self) -> list[str]:
         if self.separator is None:
             return self._parquet(lambda file: file.schema_arrow.names)
-        with self._csv(None, []) as reader:
+        with self._told(), self._csv(None, []) as reader:
             return list(reader.schema.names)
 
     def batches(self, columns: list[str], torn: list[str]) -> Iterator[pa.RecordBatch]:
         """The columns, as they are in parquet and as text in CSV; lines of another width go to `torn`."""
         if self.separator is None:
-            with self.system.open(self.path) as opened:
-                try:
-                    yield from pq.ParquetFile(opened).iter_batches(BATCH, columns=columns)
-                except (pa.ArrowInvalid, OSError) as error:
-                    raise ValueError(f"{self.name} is no whole parquet file: {error}. Write it again") from None
-            return
-        with self._csv(columns, torn) as reader:
-            try:
+            with self._told(), self.system.open(self.path) as opened:
+                yield from pq.ParquetFile(opened).iter_batches(BATCH, columns=columns)
+        else:
+            with self._told(), self._csv(columns, torn) as reader:
                 yield from reader
-            except (pa.ArrowInvalid, OSError, EOFError) as error:
-                raise ValueError(f"{self.name} cannot be read whole: {error}. Mend the file") from None
 
     def table(self) -> pa.Table:
         return self._parquet(lambda file: file.read())
 
     def _parquet(self, ask: Callable[[pq.ParquetFile], Any]) -> Any:
-        try:
-            with self.system.open(self.path) as opened:
-                return ask(pq.ParquetFile(opened))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.name} is no whole parquet file: {error}. Write it again") from None
+        with self._told(), self.system.open(self.path) as opened:
+            return ask(pq.ParquetFile(opened))
 
     def _csv(self, columns: list[str] | None, torn: list[str]) -> csv.CSVStreamingReader:
         def note(row: csv.InvalidRow) -> str:
             torn.append(str(row.text))
             return "skip"
 
-        opened = self.system.open(self.path, compression="infer")
+        names = None if columns is None else dict.fromkeys(columns, pa.string())
+        return csv.open_csv(
+            self.system.open(self.path, compression="infer"),
+            csv.ReadOptions(use_threads=False, block_size=BLOCK),
+            csv.ParseOptions(delimiter=self.separator, invalid_row_handler=note),
+            csv.ConvertOptions(include_columns=columns, column_types=names, strings_can_be_null=False),
+        )
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What cannot be read, be it broken or out of reach, is a ValueError: each filesystem has errors of its own."""
         try:
-            names = None if columns is None else dict.fromkeys(columns, pa.string())
-            return csv.open_csv(
-                opened,
-                csv.ReadOptions(use_threads=False, block_size=BLOCK),
-                csv.ParseOptions(delimiter=self.separator, invalid_row_handler=note),
-                csv.ConvertOptions(include_columns=columns, column_types=names, strings_can_be_null=False),
-            )
-        except (pa.ArrowInvalid, OSError, EOFError) as error:
-            raise ValueError(f"{self.name} cannot be read: {error}. Mend the file") from None
+            yield
+        except Exception as error:
+            told = f"{self.name} cannot be read whole: {type(error).__name__}: {error}"
+            raise ValueError(f"{told}. Mend the file or the access to it") from error
 
 
 def _files(raw: str, table: str, path: str) -> list[File]:
@@ -400,10 +397,9 @@ def _files(raw: str, table: str, path: str) -> list[File]:
         found = sorted(system.glob(pattern)) if set("*?[") & set(path) else [pattern] if system.isfile(pattern) else []
     except ImportError as error:  # a filesystem whose package is not installed
         raise ValueError(f"ingest.files.{table}: {url} cannot be opened: {error}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"ingest.files.{table}: {url} cannot be opened: {error}. Mend the path or the access"
-        ) from None
+    except Exception as error:  # each filesystem of fsspec has errors of its own
+        told = f"{url} cannot be opened: {type(error).__name__}: {error}"
+        raise ValueError(f"ingest.files.{table}: {told}. Mend the path or the access to it") from error
     if not found:
         raise ValueError(f"ingest.files.{table}: no file at {url}; mend ingest.files.{table}.path or ingest.raw")
     return [File(system, file) for file in found]

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 from PIL import Image
 
 from components import dataset, embed, features, ingest, pictures
@@ -216,6 +218,29 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path, monkeyp
     assert left_out["image"].to_pylist() == [places[item] for item in reasons]
     told = pictures.told(left_out)
     assert f"{ABSENT}: 3, e.g. {tmp_path}/no.png of item 2: FileNotFoundError" in told and f"{LARGE}: 1" in told
+
+
+def test_of_a_vast_file_behind_a_url_no_more_is_fetched_than_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fsspec's own file of ranges, which object stores and the web have, and which else reads megabytes ahead."""
+    fetched = []
+
+    class Ranges(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            found = self.fs.cat_file(self.path, start, end)
+            fetched.append(len(found))
+            return found
+
+    small = encoded(drawn(0))
+    fsspec.filesystem("memory").pipe({"/pictures-far/a.png": small, "/pictures-far/vast.png": bytes(1 << 20)})
+    monkeypatch.setattr(MemoryFileSystem, "_open", lambda *given, **options: Ranges(*given, **options))
+    monkeypatch.setattr(pictures, "MAX_BYTES", 2000)
+    places = {1: "memory://pictures-far/a.png", 2: "memory://pictures-far/vast.png"}
+    left_out = pictures.copy(named(places), tmp_path / "pictures.parquet")
+    assert left_out["reason"].to_pylist() == [LARGE]
+    assert next(Canonical(tmp_path).pictures())["image"].to_pylist() == [small]
+    assert sorted(fetched) == [len(small), 2001]
 
 
 # ---- from files to a dataset ------------------------------------------------------------------------------------

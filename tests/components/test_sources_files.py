@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pyarrow import csv
 
 from components import dataset, embed, features, ingest, validate
@@ -299,13 +300,14 @@ WRONG: dict[str, tuple[dict[str, Any], FilesConfig, str]] = {
         r"ingest\.files\.users: 1 broken row\(s\), e\.g\. in .*users\.csv: uid is no whole number .*'x'|x\}\. Mend",
     ),
     "another ending": ({"events/a.xlsx": b"PK"}, mapped(), r"a\.xlsx: files end in \.parquet, \.csv, .*; rename it"),
-    "no parquet": ({"events/a.parquet": b"PAR1"}, mapped(), r"a\.parquet is no whole parquet file: .*Write it again"),
-    "an empty csv": ({"events/a.csv": b""}, mapped(), r"a\.csv cannot be read: Empty CSV file.*Mend the file"),
+    "no parquet": ({"events/a.parquet": b"PAR1"}, mapped(), r"a\.parquet cannot be read whole: .*Parquet.*Mend"),
+    "an empty csv": ({"events/a.csv": b""}, mapped(), r"a\.csv cannot be read whole: .*Empty CSV.*Mend the file"),
     "half a gzip": (
-        {"events/a.csv.gz": gzip.compress(as_csv(table(3000)))[:4000]}, mapped(), r"a\.csv\.gz cannot be read",
+        {"events/a.csv.gz": gzip.compress(as_csv(table(3000)))[:4000]}, mapped(), r"a\.csv\.gz cannot be read whole",
     ),
     "latin-1": (
-        {"events/a.csv": as_csv(table()).replace(b"phone", b"t\xe9l\xe9")}, mapped(), r"a\.csv cannot be read.*UTF8",
+        {"events/a.csv": as_csv(table()).replace(b"phone", b"t\xe9l\xe9")}, mapped(),
+        r"a\.csv cannot be read whole.*UTF8",
     ),
 }  # fmt: skip
 
@@ -323,8 +325,35 @@ def test_a_file_cut_short_after_its_first_rows(ingested: Any) -> None:
     pq.write_table(table(5000), out, row_group_size=500)
     whole = bytearray(out.getvalue())
     whole[400:900] = b"\0" * 500  # the footer is whole, the first pages are not
-    with pytest.raises(ValueError, match=r"a\.parquet is no whole parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read whole"):
         ingested({"events/a.parquet": bytes(whole)}, mapped())
+
+
+class NoCredentialsError(Exception):
+    """As botocore's errors: no OSError."""
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    raise NoCredentialsError("no key")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        (MemoryFileSystem, "glob", r"ingest\.files\.events: memory://.*/events/\* cannot be opened"),
+        (MemoryFileSystem, "_open", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
+        (MemoryFile, "read", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
+    ],
+)
+def test_a_place_out_of_reach_is_told_with_its_own_error(
+    ending: str, owner: type, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = table() if ending == "parquet" else as_csv(table())
+    config = ingest_config("files", write(f"memory://{tmp_path.name}", {f"events/a.{ending}": content}), None, mapped())
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(ValueError, match=rf"{told}: NoCredentialsError: no key\. Mend the .* access"):
+        ingest.run(config, tmp_path / "canonical")
 
 
 def test_a_filesystem_that_is_not_installed(tmp_path: Path) -> None:
