@@ -7,6 +7,7 @@ there is no C compiler (`cc`), `kernels` is None and the plain form in sdcnv3.py
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,12 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.layers import dropped_of
 
 SOURCE = Path(__file__).with_suffix(".c")
 # What of -ffast-math lets sums be vectorised; all of it would have infinities and NaN taken for numbers.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+FLAGS = (
+    *("-O3", "-march=native", "-fno-strict-aliasing"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
 REALS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
 ROWS_A_THREAD = 1024  # less is not worth a thread
 
@@ -38,11 +43,13 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory(prefix="clickloop-") as folder:
         library = Path(folder) / "cross_step.so"
         command = [compiler, *FLAGS, f"-Dreal={name}", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-lm"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode:
-            warnings.warn(f"SDCNv3 trains slower: {compiler} cannot compile {SOURCE}: {made.stderr}", stacklevel=2)
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            found = ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError) as error:  # the first: of a folder that nothing may run from
+            said = getattr(error, "stderr", "")
+            warnings.warn(f"SDCNv3 trains slower, {SOURCE.name} not being compiled: {error} {said}", stacklevel=2)
             return None
-        found = ctypes.CDLL(str(library))
     sizes, array = [ctypes.c_long] * 4, ctypes.c_void_p
     # p, x, y; mean, factor, shift; bias, w, s; eps; seed, before, dropped, scale
     common: list[Any] = [*sizes, *[array] * 9, real, ctypes.c_uint64, ctypes.c_long, ctypes.c_int, real]
@@ -82,6 +89,11 @@ class CrossStep(torch.autograd.Function):
         before: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         p_BHK, x_BHD = p_BHK.contiguous(), x_BHD.contiguous()
+        first_BHD = None if first_BHD is None else first_BHD.contiguous()
+        given = [t for t in (x_BHD, first_BHD, scale_H, offset_H, bias_D, weight_K, shift_K) if t is not None]
+        if wrong := {t.dtype for t in given} - {p_BHK.dtype}:  # C would read other memory
+            raise TypeError(f"cross step: {wrong} beside {p_BHK.dtype}; the layer and its input must have one dtype")
+        assert all(t.is_contiguous() for t in given)
         mean_H = p_BHK.new_zeros(p_BHK.shape[1], dtype=torch.float64)
         var_H = factor_H = torch.ones_like(mean_H)
         if scale_H is not None:
@@ -100,6 +112,7 @@ class CrossStep(torch.autograd.Function):
         return out_BHD, mean_H, var_H
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BHD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *read, var_H = ctx.saved_tensors
         p_BHK, x_BHD, first_BHD, mean_H, factor_H, _, *of_gate = read
@@ -157,3 +170,6 @@ def _run(name: str, p_BHK: Tensor, *arguments: Tensor | float | None) -> None:
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "cross-step")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads

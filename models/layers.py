@@ -162,7 +162,7 @@ def _int64(number: int) -> int:
 
 def dropped_of(rate: float) -> int:
     """Below how much of 2¹⁵ the lower 15 bits drop an entry: dropout rates are rounded to 1/32768 on a CPU."""
-    return round(rate * 2**15)
+    return min(round(rate * 2**15), 2**15 - 1)
 
 
 def keep_mask(x: Tensor, rate: float) -> Tensor:

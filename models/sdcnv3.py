@@ -121,9 +121,9 @@ class CrossLayer(nn.Module):
         norm, layer_norm = self.batch_norm, self.layer_norm
         assert layer_norm is not None
         of_norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
-        if own := type(norm) is nn.BatchNorm1d:
+        if own := type(norm) is nn.BatchNorm1d and norm.training:
             of_norm = norm.weight, norm.bias, norm.eps
-        else:  # none, or one of all processes' rows
+        else:  # none, one of all processes' rows, or one that is not trained
             projected_BHK = norm(projected_BHK)
         of_gate = self.bias, layer_norm.weight, layer_norm.bias, layer_norm.eps
         mask = (rate, *mask_seed()) if rate else (0.0, 0, 0)
@@ -204,7 +204,7 @@ class SDCNv3(Ranker):
         """The towers on F' fields, each E = d·H wide."""
         # [B, F', H, 2, d/2] -> [B, H, 2, F', d/2]: in each head all first halves, then all second halves
         split = fields_BFE.unflatten(2, (self.config.heads, 2, self.config.dim // 2))
-        x_BHD = split.permute(0, 2, 3, 1, 4).flatten(2)
+        x_BHD = split.permute(0, 2, 3, 1, 4).flatten(2).to(self.deep.first_weight.dtype)  # products may be bfloat16
         if self.shallow is None:
             return Logits(self.deep(x_BHD, F.linear(x_BHD, self.deep.first_weight)))
         both_weights = torch.cat((self.deep.first_weight, self.shallow.first_weight))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
 import warnings
 
 import pytest
@@ -15,8 +19,9 @@ from models.sdcnv3 import CrossLayer, SDCNv3Config
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if kernels(torch.float32) is None:
+    if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
+    assert kernels(torch.float32) is not None
 
 
 @pytest.fixture
@@ -107,6 +112,71 @@ def test_what_is_no_number_stays_none(which, wrong):
     assert out[[0, 1, 3]].isfinite().all()
 
 
+def test_bfloat16_products_alone_are_taken_in_float32(make_world, shaken, monkeypatch):
+    """Under autocast x_1 is then bfloat16 itself."""
+    world = make_world(categoricals=0, sets=0, fields=1, dtype=torch.float32)
+    config = SDCNv3Config(dim=4, deep_dropout=0.0, shallow_dropout=0.0, exclude=("field_0",))
+    model = sdcnv3.SDCNv3(config, world.schema)
+    shaken(model)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(world.batch, world.catalog, world.clicks_C)
+        model.loss(logits, world.batch.label_B).backward()
+        found.append((logits.logit_B, model.items.project.weight.grad.clone()))
+        monkeypatch.setattr(sdcnv3, "kernels", lambda dtype: None)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+
+
+def test_refuses_two_dtypes():
+    p_BHK, x_BHD, _ = world(4, 1, 3, deep=True)
+    with pytest.raises(TypeError, match=r"torch\.float32.*beside torch\.float64"):
+        layer(half=3, dtype=torch.float32, batch_norm=False)(p_BHK, x_BHD, None, 0.0)
+
+
+def test_arrays_that_do_not_lie_in_rows_are_read_as_they_are():
+    inputs = [t for t in world(6, 2, 3, deep=False) if t is not None]
+    strange = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs]
+    made = layer(2, 3, batch_norm=False)
+    assert torch.equal(made(*strange, 0.0), made(*inputs, 0.0))
+
+
+def test_a_second_derivative_is_refused():
+    p_BHK, x_BHD, _ = world(4, 1, 3, deep=True)
+    p_BHK.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(half=3)(p_BHK, x_BHD, None, 0.0).square().sum(), p_BHK, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_frozen_norm_keeps_its_figures(monkeypatch):
+    inputs = world(9, 1, 3, deep=True)
+    made = layer(half=3)
+    made.batch_norm.eval()
+    found, state = step(made, inputs, 0.0)
+    wanted, _ = step(made, inputs, 0.0, monkeypatch)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert state["batch_norm.num_batches_tracked"] == 0
+
+
+def test_a_forked_process_has_threads_of_its_own(threads):
+    threads(2)
+    inputs = world(4096, 1, 3, deep=True)
+    made = layer(half=3, batch_norm=False)
+    made(*inputs, 0.0)  # the parent's threads are there
+    if (child := os.fork()) == 0:
+        made(*inputs, 0.0)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
 def test_evaluation_and_other_types_do_without(monkeypatch):
     def refuse(*_):
         raise AssertionError("C was called")
@@ -132,5 +202,14 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
     broken.chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    with pytest.warns(UserWarning, match="trains slower: .*no such target"):
+    with pytest.warns(UserWarning, match=r"trains slower.*no such target"):
+        assert kernels.__wrapped__(torch.float32) is None
+
+
+def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
+    empty = tmp_path / "cc"  # writes a library that is none
+    empty.write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho nothing >$2\n")
+    empty.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    with pytest.warns(UserWarning, match=r"trains slower.*cross_step\.so"):
         assert kernels.__wrapped__(torch.float32) is None

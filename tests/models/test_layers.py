@@ -50,3 +50,10 @@ def test_does_nothing_in_eval_mode_or_at_rate_zero():
     x = torch.randn(5)
     assert dropout(x, 0.4, False) is x
     assert dropout(x, 0.0, True) is x
+
+
+def test_a_rate_beside_one_keeps_an_entry_in_32768():
+    torch.manual_seed(0)
+    mask = keep_mask(torch.zeros(1000, 1000), 0.99999)
+    assert 10 < (mask > 0).sum() < 60
+    assert mask.max() == 2**15
