@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from components import train
 from components.artifacts import write_json
-from components.dataset import Dataset
+from components.dataset import UNSEEN, Dataset
 from components.evaluate import predict_translated
 from components.train import TrainConfig
 from components.warm_start import Start, tables, take_weights
@@ -101,14 +102,15 @@ def scores(model: Any, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_before_its_first_step_the_model_scores_as_the_champion(world, networks, model) -> None:
     """Users, hours and tastes that it never saw too: they are UNKNOWN to it. Items are the same ones here."""
-    data = Dataset.open(world.dataset("same-items", world.today(items=ITEMS[:40])))
+    folder = world.dataset("same-items", world.today(items=ITEMS[:40]))
+    data = Dataset.open(folder)
     fresh, champion, said = begun(world, model, networks[model], data)
     assert said == (
         "20 of 80 values of user_id are new; 1 of 4 values of taste are new; 4 of 24 values of hour are new; "
         "0 of 40 values of item_id are new; 0 of 4 values of kind are new; the vectors are of the same fit"
     )
     rows = data.splits["test"]
-    theirs = predict_translated(champion, data, rows)
+    theirs = predict_translated(champion, data, pq.read_table(folder / UNSEEN), rows)
     assert np.std(theirs) > 0.1
     np.testing.assert_allclose(scores(fresh, data, rows), theirs, atol=1e-6)
 
@@ -144,11 +146,13 @@ def test_vectors_of_another_fit_keep_their_projections(world, networks, model, w
     schema = encoder.schema
     features = tuple(replace(f, size=width) if f.kind == "vector" else f for f in schema.features)
     encoder = Encoder(replace(schema, features=features), encoder.integers)
-    data = Dataset.open(world.dataset(f"new-fit-{width}", (encoder, turned(catalog, width))))
+    folder = world.dataset(f"new-fit-{width}", (encoder, turned(catalog, width)))
+    data = Dataset.open(folder)
     fresh, champion, said = begun(world, model, networks[model], data)
     assert said is not None and "the vectors are of another fit: 32 items keep 100.0% of their projections" in said
     rows = data.splits["test"]
-    theirs = predict_translated(champion, data, rows)  # by its own catalog, and its own vectors
+    # by its own catalog, and its own vectors
+    theirs = predict_translated(champion, data, pq.read_table(folder / UNSEEN), rows)
     np.testing.assert_allclose(scores(fresh, data, rows), theirs, atol=1e-4)
 
 
@@ -191,7 +195,8 @@ def test_a_warm_run_learns_on_from_the_champion(world, config, model, capsys) ->
     champion, data = load(world.warm(model) / "checkpoint"), Dataset.open(dataset)
     start, end = data.splits["valid"]
     labels = torch.from_numpy(world.raw.label[start:end])
-    before = train.auc(labels, torch.from_numpy(predict_translated(champion, data, (start, end))))
+    theirs = predict_translated(champion, data, pq.read_table(dataset / UNSEEN), (start, end))
+    before = train.auc(labels, torch.from_numpy(theirs))
     asked = config(model, max_epochs=1, lr=1e-4)
     warm = world.run(asked, model, dataset, "warm-run", world.warm(model))
     cold = world.run(asked, model, dataset, "cold-run", world.cold())
