@@ -34,7 +34,7 @@ demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens R
 	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && dvc repro && python -m components report
 
 test: .venv  ## lint, types, and every test that a machine without a GPU can run
-	ruff check . && ruff format --check . && mypy && pytest
+	ruff check . && ruff format --check . && mypy && OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: .venv  ## benchmarks that need no GPU, one JSON line a figure (ONLY=name for one: qin_rank_cpu, train_memory, …)
 	for file in $(or $(ONLY:%=tests/benchmarks/bench_%.py),$(filter-out %_gpu.py,$(wildcard tests/benchmarks/bench_*.py))); do python $$file || exit; done

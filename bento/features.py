@@ -15,6 +15,7 @@ from time import monotonic, time
 from typing import Any
 
 THREADS = 8
+AGAIN = 10.0  # seconds from one try to open a store to the next, while none is open
 logger = logging.getLogger("bentoml.clickloop")  # under BentoML's logger, so that the server shows it
 
 
@@ -62,53 +63,88 @@ class OnlineFeatures:
 
 
 def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
-    """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where it cannot be opened.
+    """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where there is no such repo.
 
-    Where the stage `features` has made the stores anew, the next read opens them: on the deleted files that a server
-    holds it would serve yesterday for ever. While the stage is at work, what was there before is read.
+    The stores are opened once they are whole: here, or at the first read after the stage `features` has ended. Where it
+    has made them anew, the next read opens them: on the deleted files that a server holds it would serve yesterday for
+    ever. While the stage is at work, what was there before is read; a read raises where there was nothing.
     """
     if not repo:
         logger.warning("CLICKLOOP_FEATURE_REPO is not set: without an online store every answer is degraded")
         return None
     try:
-        opened = _Opened(repo)
+        files = _files(repo)
     except Exception:
         logger.exception("CLICKLOOP_FEATURE_REPO=%s: no online store; every answer is degraded", repo)
         return None
-    tried, trying = opened.made, threading.Lock()
+    opened: _Opened | None = None
+    tried: tuple[Any, ...] | None = None
+    trying = threading.Lock()
+
+    def look() -> None:
+        nonlocal opened, tried
+        made = _made(files)  # before anything is read: what is made meanwhile is seen at the next read
+        # what cannot be opened is not tried again at every read; where nothing is open, Redis may yet come up
+        attempt = (made, None if opened else monotonic() // AGAIN)
+        if made is None or attempt == tried or not trying.acquire(blocking=False):
+            return
+        try:
+            fresh = _Opened(repo)
+            opened, attempt = fresh, (made, None)
+            logger.info("online store: opened")
+        except Exception:
+            serves = "the one before is served" if opened else "every answer is degraded"
+            logger.exception("online store: cannot be opened; %s", serves)
+        finally:
+            tried = attempt
+            trying.release()
 
     def fetch(user_id: int) -> dict[str, Any]:
-        nonlocal opened, tried
-        if (made := _made(opened.files)) not in (None, tried) and trying.acquire(blocking=False):
-            try:
-                tried = made  # once: what cannot be opened now is not tried again at every read
-                opened = _Opened(repo)
-                logger.info("online store: made anew, and opened")
-            except Exception:
-                logger.exception("online store: made anew, and cannot be opened; the one before is served")
-            finally:
-                trying.release()
+        look()
+        if opened is None:
+            raise LookupError(f"no online store is open; run `dvc repro features` if {files[0]} is not there")
         return opened.fetch(user_id)
 
+    look()
+    if _made(files) is None:
+        logger.warning("online store: opened once `features` has written %s; until then answers are degraded", files[0])
     return fetch
+
+
+def _files(repo: str) -> list[Path]:
+    """The files that tell which stores a repo has, by its feature_store.yaml alone: Feast would make what is not there.
+
+    They are receipt.json, the last that `features` writes, the registry, and SQLite's own.
+    """
+    from feast.repo_config import load_repo_config  # seconds, so only a server that has a store pays for it
+
+    os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
+    if repo not in sys.path:
+        sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
+    config = load_repo_config(Path(repo), Path(repo, "feature_store.yaml"))
+    registry = Path(repo, config.registry.path)
+    files = [registry.with_name("receipt.json"), registry]
+    if database := getattr(config.online_store, "path", None):
+        files.append(Path(repo, database))
+    return files
+
+
+def _made(files: list[Path]) -> tuple[int, ...] | None:
+    """Which files these are; None where one is not there. A pushed click changes SQLite's, and makes no other of it."""
+    try:
+        return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
+    except OSError:
+        return None
 
 
 class _Opened:
     """A Feast repo's stores as they were when they were opened. Raises whatever Feast raises."""
 
     def __init__(self, repo: str) -> None:
-        from feast import FeatureStore  # seconds, so only a server that has a store pays for it
+        from feast import FeatureStore
 
-        os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
-        if repo not in sys.path:
-            sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
         self.store = FeatureStore(repo_path=repo)
-        registry = self.store.config.registry
-        registry.cache_ttl_seconds = 0  # for ever: it is read as it is now, whatever becomes of its file
-        self.files = [Path(repo, registry.path).with_name("receipt.json")]
-        if database := getattr(self.store.config.online_store, "path", None):  # SQLite has a file
-            self.files.append(Path(repo, database))
-        self.made = _made(self.files)  # before anything is read: what is made meanwhile is seen at the next read
+        self.store.config.registry.cache_ttl_seconds = 0  # for ever: it is read as it is now, whatever becomes of it
         self.service = self.store.get_feature_service("serving")
         self.ttl = {
             feature.name: (self.store.get_feature_view(view.name).ttl or timedelta()).total_seconds()
@@ -122,14 +158,3 @@ class _Opened:
         row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
         now = time()  # Feast does not hold online values to their time to live
         return {name: None if 0 < self.ttl[name] < now - row[f"{name}__ts"] else row[name] for name in self.ttl}
-
-
-def _made(files: list[Path]) -> tuple[int, ...] | None:
-    """Which files these are: receipt.json, the last that `features` writes, and SQLite's. None where one is not there.
-
-    A click that is pushed changes SQLite's file, and makes no other one of it.
-    """
-    try:
-        return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
-    except OSError:
-        return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bento import ITEM_STATE
 from models.registry import load
-from models.schema import UNKNOWN, bucket
+from models.schema import UNKNOWN, bucket, trimmed
 
 
 class Scorer:
@@ -62,7 +62,8 @@ class Scorer:
         history  raw item ids, oldest first; unknown ones are dropped, the newest L count
         profile  the user's attributes; a missing one is encoded as missing, as is a missing one of `context`
 
-        A number of the context is encoded by its bucket, as it was for training.
+        The context is encoded as it was for training: a text without the spaces around it, where nothing else is none;
+        a number by its bucket.
         A candidate that the catalog does not hold is scored as its row for unknown items.
         Raises ValueError where a context value cannot be encoded.
         """
@@ -76,8 +77,11 @@ class Scorer:
             if field.origin == "item":
                 fields.append(self.item_state[field.name][item_B])
                 continue
-            values = context if field.origin == "context" else profile
-            value = user_id if field.name == "user_id" else values.get(field.name)
+            value: str | int | None
+            if field.origin == "context":
+                value = trimmed(context.get(field.name) or "")
+            else:
+                value = user_id if field.name == "user_id" else profile.get(field.name)
             if field.numeric and value is not None:
                 try:
                     value = bucket(float(value))

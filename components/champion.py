@@ -8,16 +8,18 @@ pointer in the work tree: evaluation depends on it, and pulls the champion's che
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from components.artifacts import read_json, write_json
 
 STAGE = "champion"
+FACTS = {"model", "checkpoint_sha256", "bento"}  # what a version's tag says of it
 
 
 def current(pointer: Path) -> dict[str, Any] | None:
@@ -118,11 +120,18 @@ def rollback(version: str, pointer: Path) -> str:
 
 
 def _versions(name: str) -> dict[str, dict[str, Any]]:
-    """Version -> model, checkpoint_sha256 and bento, as `promote` wrote them into its tag."""
-    lines = _git("tag", "--list", "--format=%(refname:strip=2) %(contents:subject)", f"{name}@*").splitlines()
-    return {
-        tag.removeprefix(f"{name}@"): json.loads(facts) for tag, _, facts in (line.partition(" ") for line in lines)
-    }
+    """Version -> model, checkpoint_sha256 and bento, as `promote` wrote them into its tag. Tags of others are none."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in _git("tag", "--list", "--format=%(refname:strip=2) %(contents:subject)", f"{name}@*").splitlines():
+        tag, _, subject = line.partition(" ")
+        version = tag.removeprefix(f"{name}@")
+        if not re.fullmatch(r"v\d+\.\d+\.\d+", version):  # `gto deprecate` writes v1.2.0!
+            continue
+        with suppress(ValueError):
+            facts = json.loads(subject)
+            if isinstance(facts, dict) and facts.keys() == FACTS:
+                found[version] = facts
+    return found
 
 
 def _point(pointer: Path, name: str, version: str, facts: dict[str, Any]) -> str:

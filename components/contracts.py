@@ -18,8 +18,9 @@ impression, on users and items an attribute. The optional columns of events are 
     split                       train, valid or test, where the source gives the split
     history_start, history_end  the row's history is histories[start:end], oldest first
 
-A source's items may name their pictures, a path or a URL each, in the column `image`. `ingest` copies what lies there,
-and the column ends with it: it is no attribute, and no later step looks outside of this folder.
+A source's items may name their pictures, a path below `ingest.raw` or an http(s) URL each, in the column `image`.
+`ingest` copies what lies there, and the column ends with it: it is no attribute, and no later step looks outside of
+this folder.
 
 A source that has no times (`sources.timeless`) gives its histories, be they empty: its timestamps are an order and no
 more, so no history and no popularity is counted over them.

@@ -381,7 +381,8 @@ def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Cat
 
 def unseen(columns: dict[str, Tensor], fields: dict[str, pa.ChunkedArray], rows: tuple[int, int]) -> pa.Table:
     """The values (as text) of a range of rows that the vocabulary does not hold; `row` is that of the dataset."""
-    parts = []
+    # the first is for a dataset without impression features
+    parts = [pa.schema([("field", pa.string()), ("row", pa.int64()), ("value", pa.string())]).empty_table()]
     for name in sorted(name.removeprefix("field.") for name in columns if name.startswith("field.")):
         at = np.flatnonzero(columns[f"field.{name}"][slice(*rows)].numpy() == UNKNOWN) + rows[0]
         values = fields[name].take(pa.array(at)).cast(pa.string())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,12 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
         vectors["text"] = embed_texts(fit, texts)
     if images is not None:
         vectors[IMAGE] = encode_pictures(images, data, items["item_id"])
+    for name, x_IE in vectors.items() if config.fit is not None else ():
+        if x_IE.shape[1] != (width := len(fit.arrays[f"{name}.mean"])):
+            raise ValueError(
+                f"embed.fit: vectors of {name} have {x_IE.shape[1]} values here, {config.fit} was fitted on {width}; "
+                "set embed.fit to null, which fits anew, or bring back vectors of its length"
+            )
     if config.fit is None and vectors:
         fit = fit_fusion(config, fit, vectors, train)
     has = {f"has_{name}": ~np.isnan(x_IE[:, 0]) for name, x_IE in sorted(vectors.items())}
@@ -218,7 +225,14 @@ def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], tr
         sum_E += joint_BE.sum(axis=0)
         products_EE += joint_BE.T @ joint_BE
     mean_E = sum_E / count
-    variance_E, axes_EE = np.linalg.eigh(products_EE / count - np.outer(mean_E, mean_E))
+    covariance_EE = products_EE / count - np.outer(mean_E, mean_E)
+    if np.trace(covariance_EE) == 0:
+        have = {name: int((train & ~np.isnan(x_IE[:, 0])).sum()) for name, x_IE in sorted(vectors.items())}
+        raise ValueError(
+            f"embed: the {count} training items have the same vector or none ({have}), so nothing can be fitted; give "
+            "items that the training days show vectors, texts or pictures of their own, or give none to any item"
+        )
+    variance_E, axes_EE = np.linalg.eigh(covariance_EE)
     components_DE = axes_EE.T[::-1][: config.dim]
     strongest_D = np.abs(components_DE).argmax(axis=1)  # of an axis and its opposite one is chosen
     components_DE = components_DE * np.sign(components_DE[np.arange(config.dim), strongest_D])[:, None]
@@ -303,13 +317,13 @@ def encode_texts(encoder: Encoder[str], texts: pa.ChunkedArray) -> np.ndarray:
 
 
 def encode_pictures(encoder: Encoder[Image], data: Canonical, item_ids: pa.ChunkedArray) -> np.ndarray:
-    """float32 [items, width] in the order of `item_ids`; NaN rows where an item has no picture. A batch of pictures is
-    in memory at once."""
+    """float32 [items, width] in the order of `item_ids`; NaN rows where an item has no picture. A batch of files and
+    one decoded picture are in memory at once."""
     known = item_ids.combine_chunks()
     encoded = (
         (
             pc.index_in(batch["item_id"], value_set=known).to_numpy(),
-            encoder.encode([decode(picture, encoder.side) for picture in batch[IMAGE].to_pylist()]),
+            encoder.encode(map(partial(decode, side=encoder.side), batch[IMAGE].to_pylist())),
         )
         for batch in data.pictures()
     )

@@ -8,7 +8,7 @@ with them is run. An encoder's name tells its bytes: vectors of two names never 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,12 @@ Raw = TypeVar("Raw")
 @dataclass(frozen=True)
 class Encoder(Generic[Raw]):
     """name    what makes the vectors; equal names, equal vectors
-    encode  one batch -> float32 [B, width]
+    encode  one batch -> float32 [B, width]; what it is of may be read once, and pictures are held one at a time
     side    pixels a side that it looks at; None: it may look at all
     """
 
     name: str
-    encode: Callable[[list[Raw]], np.ndarray]
+    encode: Callable[[Iterable[Raw]], np.ndarray]
     side: int | None = None
 
 
@@ -61,8 +61,8 @@ def text_encoder(model: str) -> Encoder[str]:
             str(folder), trust_remote_code=False, local_files_only=True, model_kwargs={"use_safetensors": True}
         )
 
-    def encode(texts: list[str]) -> np.ndarray:
-        vectors: Any = network.encode(texts, show_progress_bar=False, convert_to_numpy=True)
+    def encode(texts: Iterable[str]) -> np.ndarray:
+        vectors: Any = network.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
         return np.asarray(vectors, dtype=np.float32)
 
     return Encoder(f"sentence-transformers {_version('text_encoder', model, folder)}", encode)
@@ -91,24 +91,22 @@ def image_encoder(model: str | None) -> Encoder[Image]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.to(device).eval()
 
-    def encode(pictures: list[Image]) -> np.ndarray:
+    def encode(pictures: Iterable[Image]) -> np.ndarray:
         with torch.inference_mode():
-            pixels_BCHW = torch.stack([prepare(picture) for picture in pictures]).to(device)
+            pixels_BCHW = torch.stack(list(map(prepare, pictures))).to(device)
             return np.asarray(network.encode_image(pixels_BCHW).float().cpu().numpy())
 
     return Encoder(f"open_clip {_version('image_encoder', model, folder)}", encode)
 
 
-def describe(pictures: list[Image]) -> np.ndarray:
+def describe(pictures: Iterable[Image]) -> np.ndarray:
     """float32 [B, 192 + 128] of RGB pictures: the mean colour of each of 8×8 cells (MPEG-7's colour layout before its
     transform), and for each of 4×4 cells how strong the edges of each of eight directions are (Dalal and Triggs 2005:
     histograms of oriented gradients; here the whole picture is one block). Both to unit length.
 
     A picture's values do not hang on the batch that it comes in.
     """
-    from PIL.Image import Resampling
-
-    small = [np.asarray(picture.resize((SIDE, SIDE), Resampling.BOX), dtype=np.float32) for picture in pictures]
+    small = list(map(_pixels, pictures))  # a loop's name would hold one picture while the next is decoded
     rgb_BHWC = np.stack(small) / 255
     batch, cell = len(small), SIDE // CELLS
     colour_BF = rgb_BHWC.reshape(batch, CELLS, cell, CELLS, cell, 3).mean(axis=(2, 4)).reshape(batch, -1)
@@ -124,6 +122,12 @@ def describe(pictures: list[Image]) -> np.ndarray:
         bins = (cell_BHW * DIRECTIONS + direction_BHW % DIRECTIONS).ravel()
         edges_BF += np.bincount(bins, (strength_BHW * share_BHW).ravel(), len(edges_BF))
     return np.concatenate([_unit(colour_BF), _unit(edges_BF.reshape(batch, -1))], axis=1).astype(np.float32)
+
+
+def _pixels(picture: Image) -> np.ndarray:
+    from PIL.Image import Resampling
+
+    return np.asarray(picture.resize((SIDE, SIDE), Resampling.BOX), dtype=np.float32)
 
 
 def _unit(x_BF: np.ndarray) -> np.ndarray:

@@ -220,7 +220,7 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
 
     An item whose picture is left out has none, as one that names none. Raises ValueError where they are too many.
     """
-    left_out = pictures.copy(named, folder / "pictures.parquet")
+    left_out = pictures.copy(named, config.raw, folder / "pictures.parquet")
     if len(left_out) > config.max_rejected * len(named):
         raise ValueError(
             f"{config.source}: {len(left_out)} of {len(named)} pictures cannot be read, more than "

@@ -270,7 +270,7 @@ def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, 
         fields.append(checkpoint.encoder.encode(field.name, values))
     B, C = len(candidates), len(clicks_C)
     batch = Batch(
-        torch.stack(fields, 1),
+        torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64),
         checkpoint.catalog.rows(torch.tensor(candidates)),
         torch.full((B,), max(0, C - checkpoint.encoder.schema.history_length)),
         torch.full((B,), C),

@@ -1,7 +1,9 @@
-"""Pictures of items: from wherever a source says that they lie, into the canonical data, if they can be read.
+"""Pictures of items: from where a source says that they lie, into the canonical data, if they can be read.
 
-The bytes are copied as they are, so what is embedded today can be embedded again tomorrow, whatever became of the
-place. A few pictures are in memory at once, however many there are.
+The bytes are copied as they are, so what was embedded of this run's data can be embedded again, whatever became of the
+place: DVC keeps the bytes of every run. A few pictures are in memory at once, however many there are.
+
+Where they lie is data, and data may be anybody's: nothing is opened but http(s) URLs and what is below `ingest.raw`.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,7 +30,9 @@ MAX_BYTES = 1 << 24
 MAX_PIXELS = 1 << 25  # 100 MB as RGB
 BATCH = 32  # fetched together, and a row group: as many of the largest are half a gigabyte
 FETCHERS = 8
+TIMEOUT = 30  # seconds that a request for a URL may take
 ABSENT = "cannot be opened"
+OUTSIDE = "neither below ingest.raw nor http(s)"
 LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 BROKEN = f"no whole {', '.join(FORMATS)}"
 VAST = f"more than {MAX_PIXELS:,} pixels"
@@ -41,8 +47,9 @@ class UnreadableError(ValueError):
         self.reason = reason
 
 
-def copy(named: pa.Table, file: Path) -> pa.Table:
-    """Write the pictures of `named` (item_id, image: a path or fsspec URL) to `file` as PICTURES, in their order.
+def copy(named: pa.Table, raw: str, file: Path) -> pa.Table:
+    """Write the pictures of `named` (item_id, image: a path below `raw`, or an http(s) URL) to `file` as PICTURES, in
+    their order.
 
     Returns those that cannot be read, LEFT_OUT.
     """
@@ -57,7 +64,8 @@ def copy(named: pa.Table, file: Path) -> pa.Table:
         for start in range(0, len(named), BATCH):
             rows = named.slice(start, BATCH)
             ids, places = rows["item_id"].to_pylist(), rows[IMAGE].to_pylist()
-            found = [_checked(picture) for picture in pool.map(_fetched, places)]  # one is decoded at a time
+            fetched = pool.map(_fetched, places, repeat(raw))
+            found = [_checked(picture) for picture in fetched]  # one is decoded at a time
             kept = [(item, picture) for item, picture in zip(ids, found, strict=True) if isinstance(picture, bytes)]
             if kept:
                 writer.write_table(pa.table([list(column) for column in zip(*kept, strict=True)], schema=PICTURES))
@@ -97,6 +105,10 @@ def decode(picture: bytes, side: int | None = None) -> Image:
         if side is not None:
             opened.draft(None, (side, side))
         upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I"):  # 16 bits of grey, of which Pillow would make white
+            grey_HW = np.asarray(upright)
+            clear_HW = grey_HW == upright.info.get("transparency", -1)
+            return Image.fromarray(np.where(clear_HW, 255, grey_HW >> 8).astype(np.uint8)).convert("RGB")
         if not upright.has_transparency_data:
             return upright.convert("RGB")
         white = Image.new("RGBA", upright.size, "white")
@@ -110,16 +122,46 @@ def decode(picture: bytes, side: int | None = None) -> Image:
         raise UnreadableError(BROKEN, error) from None
 
 
-def _fetched(place: str) -> bytes | UnreadableError:
-    import fsspec
-
+def _fetched(place: str, raw: str) -> bytes | UnreadableError:
+    picture = bytearray()
     try:
-        system, path = fsspec.core.url_to_fs(place)
-        with system.open(path, "rb", cache_type="none") as opened:  # what is read, and no megabytes ahead
-            picture = opened.read(MAX_BYTES + 1)
+        with _opened(place, raw) as opened:
+            while chunk := opened.read(MAX_BYTES + 1 - len(picture)):  # a stream gives what it has
+                picture += chunk
+    except UnreadableError as error:
+        return error
     except Exception as error:  # each filesystem of fsspec has errors of its own
-        return UnreadableError(ABSENT, f"{type(error).__name__}: {error}")
+        return UnreadableError(ABSENT, f"{type(error).__name__}: {error}; mend the path or the access to it")
     return UnreadableError(LARGE, "shrink it") if len(picture) > MAX_BYTES else bytes(picture)
+
+
+def _opened(place: str, raw: str) -> IO[bytes]:
+    """Raises UnreadableError where `place` is not for reading. `place` is never parsed as a chain of fsspec's (`::`),
+    which would open anything by way of anything."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    options: dict[str, Any] = {"mode": "rb", "cache_type": "none"}  # what is read, and no megabytes ahead
+    if place.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        web = fsspec.filesystem("https", client_kwargs={"timeout": ClientTimeout(total=TIMEOUT)})
+        return web.open(place, **options)
+    outside = UnreadableError(OUTSIDE, f"{place} is not read; move it below {raw}, or give an http(s) URL")
+    system, root = fsspec.core.url_to_fs(raw)
+    if isinstance(system, LocalFileSystem):
+        local = place.removeprefix("file://")
+        path = Path(local).resolve()
+        if "://" in local or not path.is_relative_to(Path(root).resolve()):
+            raise outside
+        if not path.is_file():  # a pipe would never end
+            raise UnreadableError(ABSENT, f"{path} is not there, or no regular file; mend the path")
+        return path.open("rb")
+    base = raw.rstrip("/") + "/"
+    below = place.removeprefix(base)
+    if not place.startswith(base) or ".." in below.split("/"):
+        raise outside
+    return system.open(f"{root}/{below}", **options)
 
 
 def _checked(picture: bytes | UnreadableError) -> bytes | UnreadableError:

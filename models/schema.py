@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import inf, log
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 PADDING = 0
 UNKNOWN = 1
 SPECIAL = 2  # indices below this are not values: 0 is "missing or padding", 1 is "never seen in training"
+SPACES = " \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 IDS = {"user_id", "item_id"}  # no features of data that have one user or one item
 
 
@@ -50,6 +52,11 @@ class Feature:
     vocab: tuple[str, ...] | None = None
     numeric: bool = False
 
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The index of each value of `vocab`."""
+        return {value: i + SPECIAL for i, value in enumerate(self.vocab or ())}
+
 
 def bucket(number: float) -> str | None:
     """The categorical value of a number: floor(ln(x)²) above 2, else whole x; None where it is not finite.
@@ -57,6 +64,14 @@ def bucket(number: float) -> str | None:
     The Criteo challenge's own; `components/sources/files.py` has it in SQL.
     """
     return str(int(log(number) ** 2 if number > 2 else number)) if -(2**63) <= number < inf else None
+
+
+def trimmed(text: str) -> str | None:
+    """The value of a text: without the spaces around it; None where nothing is left.
+
+    `components/sources/files.py` has it in SQL, whose spaces are Unicode's Zs: tabs and line ends are none.
+    """
+    return text.strip(SPACES) or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +118,11 @@ class Schema:
         return replace(self, features=tuple(f for f in self.features if f.name not in set(names)))
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        raw = asdict(self)
+        for feature in raw["features"]:
+            if not feature["numeric"]:  # so that hashes from before there were numbers hold
+                del feature["numeric"]
+        return json.dumps(raw, indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Schema:
@@ -186,8 +205,7 @@ class Encoder:
         if feature is None or feature.kind == "vector":
             raise ValueError(f"no feature {name!r} to encode; the schema has {[f.name for f in self.schema.features]}")
         if feature.vocab is not None:
-            index = {value: i + SPECIAL for i, value in enumerate(feature.vocab)}
-            found = [PADDING if v is None else index.get(str(v), UNKNOWN) for v in values]
+            found = [PADDING if v is None else feature.index.get(str(v), UNKNOWN) for v in values]
             return torch.tensor(found, dtype=torch.int64)
         try:
             raw = torch.tensor([0 if v is None else int(v) for v in values], dtype=torch.int64)

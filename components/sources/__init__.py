@@ -31,7 +31,7 @@ SOURCES = {
 class RawTables:
     """What an adapter gives back; `ingest` checks it against the contract and writes it.
 
-    items       may name their pictures in a column `image`: a path or an fsspec URL, null where there is none
+    items       may name their pictures in a column `image`: a path below ingest.raw, or an http(s) URL; null: none
     modalities  name -> (item_id, vector); an item without a vector has no row
     histories   the item ids that the events' history_start and history_end point at, where the source gives them
     rejected    reason -> raw rows that are broken and are in no other table

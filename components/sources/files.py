@@ -8,7 +8,8 @@
 Of the events' columns only `label` must be there. Without a user or an item column all rows are of one, 0, which is
 no feature; without a timestamp rows keep their order and the split must be given: a column, or a file for each part.
 Such plain tabular data (Criteo, Avazu) has no histories and no popularity. An item's image is the path of its picture,
-below ingest.raw unless it is absolute, or a URL.
+below ingest.raw and nowhere else, or an http(s) URL. DVC watches ingest.raw alone: what the absolute path of a table
+or a URL names elsewhere is read whenever `ingest` runs, and never makes it run.
 
 A value that cannot be read (a label of 2, a time without a zone, a word for a number) sends its row to quarantine with
 the file and the reason. In one event table, a row that an earlier file held too is set aside as repeated.
@@ -394,7 +395,12 @@ def _files(raw: str, table: str, path: str) -> list[File]:
     url = path if "://" in path or posixpath.isabs(path) else posixpath.join(raw, path)
     try:
         system, pattern = fsspec.core.url_to_fs(url)
-        found = sorted(system.glob(pattern)) if set("*?[") & set(path) else [pattern] if system.isfile(pattern) else []
+        if set("*?[") & set(path):
+            found = sorted(system.glob(pattern))
+        else:  # `isfile` is false whatever went wrong
+            found = [pattern] if system.info(pattern)["type"] == "file" else []
+    except FileNotFoundError:
+        found = []
     except ImportError as error:  # a filesystem whose package is not installed
         raise ValueError(f"ingest.files.{table}: {url} cannot be opened: {error}") from None
     except Exception as error:  # each filesystem of fsspec has errors of its own

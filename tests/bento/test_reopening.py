@@ -6,15 +6,17 @@ import shutil
 import sqlite3
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from feast import FeatureStore
 from feast.infra.registry import registry
 
 from bento import features
-from bento.features import feast_reader
-from tests.bento.world import ITEM_IDS, USER_IDS, World, fill_store, make_store, make_world
+from bento.features import OnlineFeatures, feast_reader
+from tests.bento.world import ITEM_IDS, USER_IDS, World, end_run, fill_store, make_store, make_world
 
 USER = USER_IDS[3]
 
@@ -32,10 +34,6 @@ def rewrite_histories(world: World, items: list[int]) -> None:
     pq.write_table(table.set_column(1, "history", lists), file)
 
 
-def end_run(world: World) -> None:
-    (world.features / "receipt.json").write_text("{}")
-
-
 def drop_stores(world: World) -> None:
     """As the stage begins: nothing of the run before is left."""
     for name in ("receipt.json", "registry.db", "online.db"):
@@ -45,7 +43,6 @@ def drop_stores(world: World) -> None:
 def test_a_store_made_anew_is_served_once_it_is_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     rewrite_histories(world, ITEM_IDS[:2])
     repo = make_store(world)
-    end_run(world)
     fetch = feast_reader(str(repo))
     assert fetch is not None
     assert fetch(USER)["history"] == ITEM_IDS[:2]
@@ -65,11 +62,47 @@ def test_a_store_made_anew_is_served_once_it_is_whole(world: World, monkeypatch:
     assert fetch(USER)["history"] == ITEM_IDS[5:8]
 
 
+def test_a_server_started_while_the_stage_is_at_work(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite_histories(world, ITEM_IDS[:2])
+    repo = make_store(world)
+    drop_stores(world)
+    fetch = feast_reader(str(repo))
+    assert any(f"opened once `features` has written {repo}" in message for message in caplog.messages)
+    online = OnlineFeatures(fetch, timeout=30)
+    assert online.read(USER).reason == "store_unavailable"
+    end_run(world)  # as `dvc checkout` may bring it before the rest
+    assert online.read(USER).reason == "store_unavailable"
+    assert sorted(file.name for file in world.features.iterdir()) == ["receipt.json", "sources"]  # Feast made nothing
+    drop_stores(world)
+    fill_store(world, repo)
+    assert online.read(USER).reason == "store_unavailable"  # there, and nobody has said that it is whole
+    end_run(world)
+    assert online.read(USER).history == ITEM_IDS[:2]
+
+
+def test_a_store_that_comes_up_after_the_server_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Redis is not up yet")
+
+    clock = 0.0
+    monkeypatch.setattr(features, "monotonic", lambda: clock)
+    repo = make_store(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "get_online_features", unreachable)
+        online = OnlineFeatures(feast_reader(str(repo)), timeout=30)
+        for _ in range(3):
+            assert online.read(USER).reason == "store_unavailable"
+        assert sum("cannot be opened" in message for message in caplog.messages) == 1
+    clock = features.AGAIN
+    assert online.read(USER).history
+
+
 def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None:
     """As `dvc checkout` does: the receipt stays, or comes first."""
     rewrite_histories(world, ITEM_IDS[:2])
     repo = make_store(world)
-    end_run(world)
     fetch = feast_reader(str(repo))
     assert fetch is not None
     with sqlite3.connect(world.features / "online.db") as store:  # a push changes the file, and makes no new one
@@ -89,7 +122,6 @@ def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None
 
 def test_what_cannot_be_opened_leaves_what_was_there(world: World, caplog: pytest.LogCaptureFixture) -> None:
     repo = make_store(world)
-    end_run(world)
     fetch = feast_reader(str(repo))
     assert fetch is not None
     before = fetch(USER)

@@ -86,6 +86,18 @@ def test_every_input_counts(scorer: Scorer, changed: dict) -> None:
     assert not torch.allclose(scorer.rank(**asked), scorer.rank(**{**asked, **changed}))
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [({"device": " tv\u3000", "hour": " 7 "}, CONTEXT), ({"device": "", "hour": " "}, {"device": None, "hour": None})],
+)
+def test_spaces_around_a_context_value_are_none_of_it(scorer: Scorer, given: dict, meant: dict) -> None:
+    def rank(context: dict) -> torch.Tensor:
+        return scorer.rank(103, ITEM_IDS[:4], [], {}, context)
+
+    assert torch.equal(rank(given), rank(meant))
+    assert not torch.allclose(rank(given), rank({"device": "fridge", "hour": "99"}))  # which are not known
+
+
 def test_a_context_value_of_a_wrong_kind(scorer: Scorer) -> None:
     with pytest.raises(ValueError, match="hour"):
         scorer.rank(103, ITEM_IDS[:1], [], {}, {"hour": "noon"})

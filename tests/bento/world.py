@@ -190,6 +190,7 @@ def make_store(world: World) -> Path:
     for name in ("asof.py", "definitions.py", "feature_store.yaml"):
         shutil.copy(real / name, repo / name)
     fill_store(world, repo)
+    end_run(world)
     return repo
 
 
@@ -204,3 +205,8 @@ def fill_store(world: World, repo: Path) -> None:
             end_date=datetime(2026, 2, 1, tzinfo=UTC),
             feature_views=["user_profile", "user_history"],
         )
+
+
+def end_run(world: World) -> None:
+    """What `features` writes last: the stores are whole."""
+    (world.features / "receipt.json").write_text("{}")

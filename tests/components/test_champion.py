@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gto.api import deregister
 
 from components import champion
 from components.artifacts import write_json
@@ -81,6 +82,24 @@ def test_one_bento_is_one_version(repository: Path) -> None:
     assert [tag for tag in tags() if "@" in tag] == ["ctr-ranker@v0.0.1", "ctr-ranker@v0.0.2"]
     with champion.checkpoint(json.loads(one)) as folder:
         assert (folder / "model.safetensors").read_text() == "model.safetensors 1"
+
+
+def test_tags_of_others_are_no_versions(repository: Path) -> None:
+    promote()
+    built("qin-two", "2")
+    promote()
+    deregister(repo=".", name="ctr-ranker", version="v0.0.1")  # as `gto deprecate ctr-ranker v0.0.1`
+    for version, subject in (("v9.9.7", "words"), ("v9.9.8", "7"), ("v9.9.9", '{"note": "by hand"}')):
+        commit(version)  # GTO takes one version of a commit
+        git("tag", "-m", subject, f"ctr-ranker@{version}")
+    git("tag", "ctr-ranker@stable", "ctr-ranker@v0.0.2")  # another name of that tag, with its subject
+    assert "ctr-ranker@v0.0.1!" in tags()
+    with pytest.raises(ValueError, match=r"no version 'v9\.9\.9' of ctr-ranker; there are v0\.0\.1, v0\.0\.2$"):
+        champion.rollback("v9.9.9", POINTER)
+    assert promote() == "ctr-ranker v0.0.2 (ctr-ranker:qin-two) is the champion already; nothing was done"
+    built("qin-three", "3")
+    assert "(ctr-ranker:qin-three) is the champion; " in promote()
+    assert "ctr-ranker v0.0.2 (ctr-ranker:qin-two) is the champion; " in champion.rollback("v0.0.2", POINTER)
 
 
 def test_a_promotion_that_was_cut_short_is_finished_by_the_next(

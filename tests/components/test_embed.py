@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from components import embed
+from components import embed, pictures
 from components.artifacts import folder_hash, write_json
 from components.contracts import Canonical
 from components.embed import EmbedConfig
@@ -255,6 +256,32 @@ def test_an_earlier_fit_must_be_whole_and_of_the_same_kind(embedded: Path, raw: 
         run(raw, tmp_path / "cut", replace(kept, fit=str(copy)))
 
 
+def test_an_earlier_fit_of_vectors_of_another_length(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
+    image = raw.modalities["image"]
+    longer = with_column(
+        image, "vector", [[*vector, 1.0] for vector in image["vector"].to_pylist()], pa.list_(pa.float32())
+    )
+    width = len(image["vector"][0])
+    told = (
+        rf"embed\.fit: vectors of image have {width + 1} values here, {embedded} was fitted on {width}; set embed\.fit"
+    )
+    with pytest.raises(ValueError, match=told):
+        run(replace(raw, modalities=raw.modalities | {"image": longer}), tmp_path, replace(CONFIG, fit=str(embedded)))
+
+
+@pytest.mark.parametrize("kept", ["of new items alone", "all the same"])
+def test_training_items_that_nothing_tells_apart(kept: str, raw: RawTables, tmp_path: Path) -> None:
+    image, shown = raw.modalities["image"], shown_in_training(raw)
+    trained = np.array([item in shown for item in image["item_id"].to_pylist()])
+    alone = image.filter(pa.array(~trained))
+    same = with_column(image, "vector", [[0.1] * len(image["vector"][0])] * len(image))
+    given, have = (alone, 0) if kept == "of new items alone" else (same, int(trained.sum()))
+    told = rf"the {len(shown)} training items have the same vector or none \({{'image': {have}}}\).*; give items that"
+    with pytest.raises(ValueError, match=told):
+        run(replace(raw, modalities={"image": given}), tmp_path, replace(CONFIG, dim=2))
+    assert not (tmp_path / "embedding").exists()
+
+
 # ---- texts ------------------------------------------------------------------------------------------------------
 
 WORDS = ("gambit", "rook", "orbit", "nebula", "espresso", "roast", "reef", "swell")
@@ -461,6 +488,27 @@ def test_new_pictures_are_embedded_without_a_refit(raw: RawTables, tmp_path: Pat
     given = replace(raw, modalities={"image": raw.modalities["image"]})
     with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, here are image by vectors of the source"):
         run(given, tmp_path / "no", replace(CONFIG, fit=str(first)))
+
+
+@pytest.mark.parametrize("model", [None, "clip"])
+def test_one_decoded_picture_is_in_memory_at_once(
+    model: str | None, raw: RawTables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the next is decoded, the one before is gone, by either encoder."""
+    given = with_pictures(raw, tmp_path / "pictures")
+    seen: list[weakref.ref[Image.Image]] = []
+    held = []
+
+    def watched(picture: bytes, side: int | None = None) -> Image.Image:
+        held.append(sum(earlier() is not None for earlier in seen))
+        decoded = pictures.decode(picture, side)
+        seen.append(weakref.ref(decoded))
+        return decoded
+
+    monkeypatch.setattr(embed, "decode", watched)
+    run(given, tmp_path, replace(CONFIG, image_encoder=model and str(clip_model(tmp_path / model))))
+    assert len(held) == len(given.items) - given.items["image"].null_count > 20
+    assert max(held) == 0
 
 
 def test_pictures_go_through_an_encoder(raw: RawTables, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from bento.scorer import Scorer
 from components import package
 from components.config import load
 from components.package import PackageConfig
-from models.registry import CHECKPOINT_FILES, checkpoint_hash
+from models.registry import CHECKPOINT_FILES, build, checkpoint_hash, save, save_encoder
+from models.schema import Encoder, schema_hash
 from tests.bento.world import ITEM_IDS, USER_IDS, World, make_world
 
 CONFIG = PackageConfig(name="ctr-ranker", max_candidates=25, golden_requests=10)
@@ -123,6 +124,32 @@ def test_where_nobody_has_a_history_golden_requests_ask_about_the_users_there_ar
         user, context = case["request"]["user_id"], case["request"]["context"]
         found = scorer.rank(user, case["request"]["candidates"], [], {"gender": profile["gender"][user]}, context)
         assert found.tolist() == pytest.approx(case["scores"], abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_bento")
+def test_a_model_without_impression_fields_has_golden_requests(world: World) -> None:
+    theirs = world.checkpoint
+    schema = theirs.encoder.schema.without([field.name for field in theirs.encoder.schema.impression_fields])
+    encoder = Encoder(schema, {"item_id": theirs.encoder.integers["item_id"]})
+    found = schema_hash(schema, encoder.integers, theirs.catalog)
+    model = build("qin", theirs.network, schema).eval()
+    save(world.model, replace(theirs, model=model, encoder=encoder, schema_hash=found))
+    shutil.rmtree(world.dataset / "encoder")
+    save_encoder(world.dataset / "encoder", encoder, theirs.catalog)
+    for file, changed in (
+        (world.dataset / "dataset.json", {"schema_hash": found}),
+        (world.decision, {"checkpoint_sha256": checkpoint_hash(world.model)}),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    run(world)
+    scorer = Scorer(world.root / "package" / "bento")
+    history = pq.read_table(world.features / "sources" / "user_history.parquet").to_pandas().set_index("user_id")
+    for case in json.loads((world.root / "package" / "golden.json").read_text()):
+        request = case["request"]
+        clicks = request.get("history", history["history"][request["user_id"]].tolist())
+        scores = scorer.rank(request["user_id"], request["candidates"], clicks, {}, {})
+        assert request["context"] == {} and scores.tolist() == pytest.approx(case["scores"], abs=1e-6)
+        assert len(set(case["scores"])) > 1
 
 
 @pytest.mark.usefixtures("no_bento")

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import struct
+import threading
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -24,7 +31,7 @@ from components.contracts import PICTURES, Canonical
 from components.dataset import Dataset, DatasetConfig
 from components.embed import EmbedConfig
 from components.encoders import describe
-from components.pictures import ABSENT, BROKEN, LARGE, VAST, UnreadableError, decode
+from components.pictures import ABSENT, BROKEN, LARGE, OUTSIDE, VAST, UnreadableError, decode
 from components.sources import RawTables
 from components.sources.files import FilesConfig
 from tests.components.small_world import (
@@ -88,6 +95,14 @@ SEEN = {
     "upright": (turned(), (20, 40), {(10, 5): RED, (10, 35): BLUE}),
     "on white": (translucent(), (4, 4), {(0, 0): RED, (1, 0): (255, 153, 153), (3, 3): (255, 255, 255)}),
     "grey": (encoded(Image.new("L", (3, 2), 7)), (3, 2), {(1, 1): (7, 7, 7)}),
+    "grey of 16 bits": (
+        encoded(Image.fromarray(np.array([[0, 300, 32768], [65535, 65279, 256]], np.uint16))), (3, 2),
+        {(0, 0): (0,) * 3, (1, 0): (1,) * 3, (2, 0): (128,) * 3, (0, 1): (255,) * 3, (1, 1): (254,) * 3},
+    ),
+    "grey of 16 bits with one through": (
+        encoded(Image.fromarray(np.array([[300, 301, 0]], np.uint16)), transparency=300), (3, 1),
+        {(0, 0): (255,) * 3, (1, 0): (1,) * 3, (2, 0): (0,) * 3},
+    ),
     "palette with one colour through": (
         encoded(Image.new("P", (3, 2), 0), "GIF", transparency=0), (3, 2), {(1, 1): (255, 255, 255)},
     ),
@@ -170,7 +185,7 @@ def test_bytes_are_copied_in_few_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     for item, content in contents.items():
         (tmp_path / str(item)).write_bytes(content)
     file = tmp_path / "pictures.parquet"
-    left_out = pictures.copy(named({item: str(tmp_path / str(item)) for item in contents}), file)
+    left_out = pictures.copy(named({item: str(tmp_path / str(item)) for item in contents}), str(tmp_path), file)
     assert len(left_out) == 0
     opened = pq.ParquetFile(file)
     assert opened.schema_arrow.equals(PICTURES)
@@ -192,7 +207,8 @@ def test_few_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return decode(picture, side)
 
     monkeypatch.setattr(pictures, "decode", watched)
-    pictures.copy(named(dict.fromkeys(range(300), str(tmp_path / "a.png"))), tmp_path / "pictures.parquet")
+    places = dict.fromkeys(range(300), str(tmp_path / "a.png"))
+    pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet")
     for _ in Canonical(tmp_path).pictures():
         held.append(pa.total_allocated_bytes() - before)
     assert len(held) == 300 + 60
@@ -201,23 +217,133 @@ def test_few_are_in_memory_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "MAX_BYTES", 2000)
-    fsspec.filesystem("memory").pipe("/pictures-test/a.png", encoded(drawn(0)))
+    (tmp_path / "a.png").write_bytes(encoded(drawn(0)))
     (tmp_path / "words.png").write_bytes(b"words")
     (tmp_path / "vast.png").write_bytes(header(60_000, 60_000))
     (tmp_path / "just.png").write_bytes(encoded(drawn(1)).ljust(2000, b"\0"))
     (tmp_path / "large.png").write_bytes(encoded(drawn(1)).ljust(2001, b"\0"))
     places = {
-        1: "memory://pictures-test/a.png", 2: f"{tmp_path}/no.png", 3: f"{tmp_path}/words.png",
+        1: f"file://{tmp_path}/a.png", 2: f"{tmp_path}/no.png", 3: f"{tmp_path}/words.png",
         4: f"{tmp_path}/vast.png", 5: f"{tmp_path}/just.png", 6: f"{tmp_path}/large.png",
-        7: "nosuch://there/b.png", 8: str(tmp_path),
+        7: "nosuch://there/b.png", 8: str(tmp_path), 9: str(tmp_path / "pipe.png"),
     }  # fmt: skip
-    left_out = pictures.copy(named(places), tmp_path / "pictures.parquet")
+    os.mkfifo(tmp_path / "pipe.png")  # who opens it waits for one who writes
+    writes = threading.Timer(5, (tmp_path / "pipe.png").write_bytes, [encoded(drawn(2))])
+    writes.daemon = True
+    writes.start()
+    left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet")
+    writes.cancel()
     assert pq.read_table(tmp_path / "pictures.parquet")["item_id"].to_pylist() == [1, 5]
     reasons = {row["item_id"]: row["reason"] for row in left_out.to_pylist()}
-    assert reasons == {2: ABSENT, 3: BROKEN, 4: VAST, 6: LARGE, 7: ABSENT, 8: ABSENT}
+    assert reasons == {2: ABSENT, 3: BROKEN, 4: VAST, 6: LARGE, 7: OUTSIDE, 8: ABSENT, 9: ABSENT}
     assert left_out["image"].to_pylist() == [places[item] for item in reasons]
     told = pictures.told(left_out)
-    assert f"{ABSENT}: 3, e.g. {tmp_path}/no.png of item 2: FileNotFoundError" in told and f"{LARGE}: 1" in told
+    assert (
+        f"{ABSENT}: 3, e.g. {tmp_path}/no.png of item 2: {tmp_path}/no.png is not there" in told
+        and f"{LARGE}: 1" in told
+    )
+
+
+def test_nothing_outside_of_raw_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by `..`, a link, another protocol or a chain of them, though a picture lies there."""
+    raw, secret = tmp_path / "raw", tmp_path / "secret.png"
+    (raw / "photos").mkdir(parents=True)
+    for file in (secret, tmp_path / "raw-2.png", raw / "a.png", raw / "a::b.png"):
+        file.write_bytes(encoded(drawn(0)))
+    (raw / "inside.png").symlink_to(raw / "a.png")
+    (raw / "link.png").symlink_to(secret)
+    (raw / "up").symlink_to(tmp_path)
+    (tmp_path / "refs.json").write_text(f'{{"version": 1, "refs": {{"a.png": ["file://{secret}"]}}}}')
+    fsspec.filesystem("memory").pipe("/pictures-outside/a.png", encoded(drawn(0)))
+    good = [f"{raw}/a.png", f"file://{raw}/a.png", f"{raw}/photos/../a.png", f"{raw}/inside.png", f"{raw}/a::b.png"]
+    bad = [
+        str(secret), f"{raw}/../secret.png", f"file://{secret}", f"{raw}/link.png", f"{raw}/up/secret.png",
+        f"{raw}-2.png", f"local::{secret}", f"simplecache::file://{secret}", f"simplecache::file://{raw}/a.png",
+        f"reference://a.png::file://{tmp_path}/refs.json", "memory://pictures-outside/a.png",
+    ]  # fmt: skip
+    for given in (str(raw), f"file://{raw}", f"{raw}/"):
+        places = dict(enumerate(good + bad))
+        left_out = pictures.copy(named(places), given, tmp_path / "pictures.parquet")
+        assert left_out["image"].to_pylist() == bad
+        assert set(left_out["reason"].to_pylist()) == {OUTSIDE}
+        assert f"{secret} is not read; move it below {given}, or give an http(s) URL" in pictures.told(left_out)
+    monkeypatch.chdir(raw)
+    left_out = pictures.copy(named({1: "a.png", 2: bad[-1], 3: "../secret.png"}), ".", tmp_path / "pictures.parquet")
+    assert {row["item_id"]: row["reason"] for row in left_out.to_pylist()} == {2: OUTSIDE, 3: OUTSIDE}
+
+
+def test_nothing_outside_of_raw_is_opened_behind_a_url(tmp_path: Path) -> None:
+    place = "memory://pictures-bucket/raw"
+    files = ("raw/a.png", "raw/a::b.png", "secret.png", "raw-2.png")
+    fsspec.filesystem("memory").pipe({f"/pictures-bucket/{name}": encoded(drawn(0)) for name in files})
+    (tmp_path / "a.png").write_bytes(encoded(drawn(0)))
+    good = [f"{place}/a.png", f"{place}/a::b.png"]
+    bad = [
+        f"{place}/../secret.png", "memory://pictures-bucket/secret.png", f"{place}-2.png", f"{tmp_path}/a.png",
+        f"file://{tmp_path}/a.png", f"simplecache::{place}/a.png",
+    ]  # fmt: skip
+    for given in (place, f"{place}/"):
+        left_out = pictures.copy(named(dict(enumerate(good + bad))), given, tmp_path / "pictures.parquet")
+        assert left_out["image"].to_pylist() == bad
+        assert set(left_out["reason"].to_pylist()) == {OUTSIDE}
+
+
+@contextmanager
+def web(served: dict[str, bytes]) -> Iterator[str]:
+    """The address of a server of the files, which says how long none of them is and sends it bit by bit."""
+
+    class Answers(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in served else 404)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            content = served.get(self.path, b"not found")
+            try:
+                for start in range(0, len(content), 1000):
+                    part = content[start : start + 1000]
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+                    self.wfile.flush()
+                    time.sleep(0.001)
+                self.wfile.write(b"0\r\n\r\n")
+            except ConnectionError:  # who has seen enough leaves
+                self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_pictures_of_the_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, however the server sends them, and no more than may be."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    small, large = encoded(Image.fromarray(noise)), bytes(30_000)
+    assert 10_000 < len(small) < 20_000
+    monkeypatch.setattr(pictures, "MAX_BYTES", 20_000)
+    with web({"/small.png": small, "/large.png": large}) as address:
+        places = dict(enumerate([f"{address}/small.png", f"{address}/large.png", f"{address}/no.png"]))
+        left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet")
+    assert left_out["reason"].to_pylist() == [LARGE, ABSENT]
+    assert next(Canonical(tmp_path).pictures()).to_pylist() == [{"item_id": 0, "image": small}]
+
+
+def test_a_server_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        patience = threading.Timer(10, server.shutdown, [socket.SHUT_RDWR])
+        patience.start()
+        place = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+        began = time.monotonic()
+        left_out = pictures.copy(named({1: place}), str(tmp_path), tmp_path / "pictures.parquet")
+        patience.cancel()
+    assert time.monotonic() - began < 5
+    assert left_out["reason"].to_pylist() == [ABSENT]
+    assert "mend the path or the access to it" in pictures.told(left_out)
 
 
 def test_of_a_vast_file_behind_a_url_no_more_is_fetched_than_is_looked_at(
@@ -237,7 +363,7 @@ def test_of_a_vast_file_behind_a_url_no_more_is_fetched_than_is_looked_at(
     monkeypatch.setattr(MemoryFileSystem, "_open", lambda *given, **options: Ranges(*given, **options))
     monkeypatch.setattr(pictures, "MAX_BYTES", 2000)
     places = {1: "memory://pictures-far/a.png", 2: "memory://pictures-far/vast.png"}
-    left_out = pictures.copy(named(places), tmp_path / "pictures.parquet")
+    left_out = pictures.copy(named(places), "memory://pictures-far", tmp_path / "pictures.parquet")
     assert left_out["reason"].to_pylist() == [LARGE]
     assert next(Canonical(tmp_path).pictures())["image"].to_pylist() == [small]
     assert sorted(fetched) == [len(small), 2001]
@@ -284,20 +410,19 @@ EMBED = EmbedConfig(dim=4, text_features=10, text_dim=3, text_encoder=None, imag
 
 
 def test_from_files_to_a_dataset(tmp_path: Path) -> None:
-    """Relative to ingest.raw, absolute, and behind a URL; validated, embedded, and no feature is made of a path."""
+    """Relative to ingest.raw, absolute, and on the web; validated, embedded, and no feature is made of a path."""
     folders = Folders(tmp_path)
-    (tmp_path / "elsewhere.png").write_bytes(PHOTOS[1])
-    fsspec.filesystem("memory").pipe("/pictures-world/2.png", PHOTOS[2])
-    places = {1: str(tmp_path / "elsewhere.png"), 2: "memory://pictures-world/2.png"}
-    mapping = world(tmp_path / "raw", {i: p for i, p in PHOTOS.items() if i not in places}, places)
-    config = ingest_config("files", f"{tmp_path}/raw/", None, mapping)
-    facts = ingest.run(config, folders.canonical)
+    with web({"/2.png": PHOTOS[2]}) as address:
+        places = {1: str(tmp_path / "raw" / "photos" / "1.png"), 2: f"{address}/2.png"}
+        mapping = world(tmp_path / "raw", {i: p for i, p in PHOTOS.items() if i != 2}, places)
+        config = ingest_config("files", f"{tmp_path}/raw/", None, mapping)
+        facts = ingest.run(config, folders.canonical)
+        again = ingest.run(config, tmp_path / "again")
     assert facts["pictures"] == {"named": 29, "written": 29, "left_out": {}}
     data = Canonical(folders.canonical)
     assert data.items().column_names == ["item_id", "created_at", "title", "tags", "text", "kind"]
     copied = pa.concat_tables(data.pictures()).to_pylist()
     assert [(row["item_id"], row["image"]) for row in copied] == list(PHOTOS.items())
-    again = ingest.run(config, tmp_path / "again")
     assert again == facts and folder_hash(tmp_path / "again") == folder_hash(folders.canonical)
 
     report = validated(folders.canonical)

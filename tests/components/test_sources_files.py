@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from components.embed import EmbedConfig
 from components.sources import files
 from components.sources.files import FilesConfig, TableConfig
 from components.splits import SplitConfig, split_rows
-from models.schema import bucket
+from models.schema import bucket, trimmed
 from tests.components.small_world import (
     FEATURES,
     NO_FILES,
@@ -176,6 +177,17 @@ def test_buckets(x: float | None, ingested: Any) -> None:
     assert data.events()["price"].to_pylist()[0] == wanted
     assert data.numeric() == ["price"]
     assert (None if x is None else bucket(x)) == wanted  # the server's own
+
+
+def test_spaces_around_a_value_are_none_of_it(ingested: Any) -> None:
+    """Every character that any of Unicode, Python and SQL may take for a space."""
+    spaces = [chr(code) for code in range(1, sys.maxunicode) if chr(code).isspace()] + ["\u200b", "\u2060", "\ufeff"]
+    given = [f"{space}a{space}b{space}" for space in spaces] + spaces + ["", "a", "  a "]
+    rows = table(len(given)).set_column(4, "device", pa.array(given))
+    _, data = ingested({"events/a.parquet": rows}, mapped())
+    found = data.events()["device"].to_pylist()
+    assert found == [trimmed(value) for value in given]  # the server's own
+    assert {"a b", "\ta\tb\t", "\t", None} <= set(found)
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
@@ -339,18 +351,20 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 @pytest.mark.parametrize(
-    ("owner", "name", "told"),
+    ("owner", "name", "path", "told"),
     [
-        (MemoryFileSystem, "glob", r"ingest\.files\.events: memory://.*/events/\* cannot be opened"),
-        (MemoryFileSystem, "_open", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
-        (MemoryFile, "read", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
+        (MemoryFileSystem, "glob", "events/*", r"ingest\.files\.events: memory://.*/events/\* cannot be opened"),
+        (MemoryFileSystem, "info", "events/a.{}", r"ingest\.files\.events: memory://.*/events/a\..* cannot be opened"),
+        (MemoryFileSystem, "_open", "events/*", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
+        (MemoryFile, "read", "events/*", r"memory://.*/a\.(csv|parquet) cannot be read whole"),
     ],
 )
 def test_a_place_out_of_reach_is_told_with_its_own_error(
-    ending: str, owner: type, name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ending: str, owner: type, name: str, path: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = table() if ending == "parquet" else as_csv(table())
-    config = ingest_config("files", write(f"memory://{tmp_path.name}", {f"events/a.{ending}": content}), None, mapped())
+    raw = write(f"memory://{tmp_path.name}", {f"events/a.{ending}": content})
+    config = ingest_config("files", raw, None, mapped(replace(EVENTS, path=path.format(ending))))
     monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(ValueError, match=rf"{told}: NoCredentialsError: no key\. Mend the .* access"):
         ingest.run(config, tmp_path / "canonical")
@@ -409,12 +423,16 @@ CRITEO = TableConfig(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Tabular files through every stage up to the dataset, as production runs them."""
-    found = Folders(tmp_path_factory.mktemp("tabular"))
     names = {"train_0.csv": 500, "train_1.csv": 400, "valid.csv": 300, "test.csv": 200}
-    raw = write(str(found.root / "raw"), {n: as_csv(tabular(rows, i)) for i, (n, rows) in enumerate(names.items())})
+    raw = {name: as_csv(tabular(rows, i)) for i, (name, rows) in enumerate(names.items())}
+    return through_dataset(tmp_path_factory.mktemp("tabular"), raw, CRITEO)
+
+
+def through_dataset(root: Path, raw: dict[str, pa.Table | bytes], events: TableConfig) -> Folders:
+    """Files through every stage up to the dataset, as production runs them."""
+    found = Folders(root)
     new_repo(found)
-    ingest.run(ingest_config("files", raw, None, mapped(CRITEO)), found.canonical)
+    ingest.run(ingest_config("files", write(str(root / "raw"), raw), None, mapped(events)), found.canonical)
     validate.run(VALIDATE, found.canonical, found.report, found.root / "docs")
     config = EmbedConfig(dim=16, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, found.canonical, found.report, found.embedding)
@@ -459,6 +477,24 @@ def test_tabular_values_by_min_count_unseen_and_missing(data: Dataset, folders: 
 def test_both_models_train_on_it(data: Dataset, networks: dict[str, dict[str, Any]], model: str) -> None:
     """QIN has no interests to pool here: it is the quadratic network of the fields."""
     assert learn(model, networks[model] | {"exclude": ("user_id",)}, data) > 0.7
+
+
+def test_items_and_labels_alone_are_enough(tmp_path: Path, networks: dict[str, dict[str, Any]]) -> None:
+    """An impression then has no field, and the test rows no value that could be unseen."""
+    names = {"train_0.csv": 600, "valid.csv": 300, "test.csv": 200}
+    rng = np.random.default_rng(3)
+    raw: dict[str, pa.Table | bytes] = {}
+    for name, rows in names.items():
+        items = rng.integers(0, 30, rows)
+        clicked = rng.random(rows) < np.where(items % 3 == 0, 0.8, 0.2)
+        raw[name] = as_csv(pa.table({"item_id": items, "label": clicked.astype(np.int64)}))
+    folders = through_dataset(tmp_path, raw, replace(CRITEO, categorical=[], numeric=[]))
+    data = Dataset.open(folders.dataset)
+    assert [feature.name for feature in data.schema.features] == ["item_id"]
+    found = pq.read_table(folders.dataset / UNSEEN)
+    assert found.num_rows == 0 and [str(kind) for kind in found.schema.types] == ["string", "int64", "string"]
+    for model in ("qin", "sdcnv3"):
+        assert learn(model, networks[model], data) > 0.7
 
 
 def test_a_split_column_orders_the_rows(ingested: Any) -> None:

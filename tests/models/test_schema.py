@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,9 @@ from models.schema import (
 
 COLOUR = Feature(name="colour", owner="impression", kind="categorical", size=4, origin="user", vocab=("red", "grün"))
 AGE = Feature(name="age", owner="impression", kind="categorical", size=5)
+NUMBER = Feature(
+    name="price", owner="impression", kind="categorical", size=4, origin="context", vocab=("1", "7"), numeric=True
+)
 ITEM = Feature(name="item_id", owner="item", kind="categorical", size=4)
 TAGS = Feature(name="tags", owner="item", kind="multi", size=6, length=3)
 VECTOR = Feature(name="vector", owner="item", kind="vector", size=2)
@@ -118,7 +123,8 @@ class TestHistoryRows:
 
 class TestSchema:
     def test_json_round_trip(self):
-        assert Schema.from_json(SCHEMA.to_json()) == SCHEMA
+        for schema in (SCHEMA, Schema(features=(NUMBER,), history_length=0)):
+            assert Schema.from_json(schema.to_json()) == schema
 
     def test_views(self):
         assert [f.name for f in SCHEMA.impression_fields] == ["colour", "age"]
@@ -153,11 +159,19 @@ class TestSchemaHash:
         one = schema_hash(SCHEMA, {"age": age, "zip": zip_code}, make_catalog())
         assert one == schema_hash(SCHEMA, {"zip": zip_code, "age": age}, make_catalog())
 
+    def test_is_that_of_the_checkpoints_there_are(self):
+        """Taken before features could be numeric: where it changes, every checkpoint is refused."""
+        found = schema_hash(SCHEMA, {"age": torch.tensor([-5, 18, 40])}, make_catalog())
+        assert found == "25852bca85ad81352596e014d24fbcd702e92c04818df61b86b521a52764a3a7"
+
     def test_sees_every_change_of_meaning(self):
         catalog, integers = make_catalog(), {"age": torch.tensor([-5, 18, 40])}
         hashes = [schema_hash(SCHEMA, integers, catalog)]
         hashes.append(schema_hash(SCHEMA, {"age": torch.tensor([-5, 18, 41])}, catalog))
         hashes.append(schema_hash(SCHEMA.without(["age"]), integers, catalog))
+        hashes.append(schema_hash(Schema(features=(NUMBER,), history_length=0), integers, catalog))
+        as_text = replace(NUMBER, numeric=False)
+        hashes.append(schema_hash(Schema(features=(as_text,), history_length=0), integers, catalog))
         for tensor in (catalog.item_ids_I, catalog.categorical_IG, catalog.sets["tags"], catalog.vector_IE):
             tensor[-1] += 1
             hashes.append(schema_hash(SCHEMA, integers, catalog))
