@@ -73,7 +73,7 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
         logger.warning("CLICKLOOP_FEATURE_REPO is not set: without an online store every answer is degraded")
         return None
     try:
-        files = _files(repo)
+        files = store_files(repo)
     except Exception:
         logger.exception("CLICKLOOP_FEATURE_REPO=%s: no online store; every answer is degraded", repo)
         return None
@@ -83,7 +83,7 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
 
     def look() -> None:
         nonlocal opened, tried
-        made = _made(files)  # before anything is read: what is made meanwhile is seen at the next read
+        made = store_identity(files)  # before anything is read: what is made meanwhile is seen at the next read
         # what cannot be opened is not tried again at every read; where nothing is open, Redis may yet come up
         attempt = (made, None if opened else monotonic() // AGAIN)
         if made is None or attempt == tried or not trying.acquire(blocking=False):
@@ -106,12 +106,12 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
         return opened.fetch(user_id)
 
     look()
-    if _made(files) is None:
+    if store_identity(files) is None:
         logger.warning("online store: opened once `features` has written %s; until then answers are degraded", files[0])
     return fetch
 
 
-def _files(repo: str) -> list[Path]:
+def store_files(repo: str) -> list[Path]:
     """The files that tell which stores a repo has, by its feature_store.yaml alone: Feast would make what is not there.
 
     They are receipt.json, the last that `features` writes, the registry, and SQLite's own.
@@ -129,7 +129,7 @@ def _files(repo: str) -> list[Path]:
     return files
 
 
-def _made(files: list[Path]) -> tuple[int, ...] | None:
+def store_identity(files: list[Path]) -> tuple[int, ...] | None:
     """Which files these are; None where one is not there. A pushed click changes SQLite's, and makes no other of it."""
     try:
         return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))

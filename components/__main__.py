@@ -233,7 +233,10 @@ def smoke(
 
 @app.command()
 def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
-    """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive."""
+    """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive.
+
+    Where `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
+    """
     from components import push as step
     from components.config import load
     from components.features import FeaturesConfig

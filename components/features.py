@@ -82,7 +82,7 @@ def run(
     output = output.resolve()  # Feast runs in the repo's folder
     shutil.rmtree(output, ignore_errors=True)
     (output / "sources").mkdir(parents=True)
-    end = write_sources(config, Canonical(canonical), embedding, output)
+    log_until, end = write_sources(config, Canonical(canonical), embedding, output)
     with feature_store(repo) as store:
         apply(store, output)
         print(f"materialize {', '.join(ONLINE)} until {end:%Y-%m-%d %H:%M:%S} UTC", flush=True)
@@ -92,6 +92,7 @@ def run(
     receipt = {
         "rows": {name: pq.ParquetFile(output / "sources" / f"{name}.parquet").metadata.num_rows for name in SOURCES},
         "clicks": pq.ParquetFile(output / "click_log.parquet").metadata.num_rows,
+        "log_until": log_until.isoformat(),
         "materialized_until": end.isoformat(),
         "online_values_compared": checked,
         "embedding_version": read_json(embedding / "fit.json", "embed")["version"],
@@ -104,8 +105,9 @@ def run(
 # ---- the sources ------------------------------------------------------------------------------------------------
 
 
-def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, output: Path) -> datetime:
-    """The parquet files that Feast joins and materializes. Returns the time after which nothing more is known."""
+def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, output: Path) -> tuple[datetime, datetime]:
+    """The parquet files that Feast joins and materializes. Returns two times: of the newest event, and of the last
+    that becomes known."""
     events = data.events()
     lag_us = config.availability_lag_seconds * SECOND
     with duckdb.connect() as db:
@@ -155,7 +157,8 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
     pq.write_table(tables.pop("click_log"), output / "click_log.parquet")
     for name, table in tables.items():
         pq.write_table(table, output / "sources" / f"{name}.parquet")
-    return max(pc.max(table["event_timestamp"]).as_py() for table in tables.values() if len(table))
+    known_until = max(pc.max(table["event_timestamp"]).as_py() for table in tables.values() if len(table))
+    return pc.max(events["timestamp"]).as_py(), known_until
 
 
 def given_histories(config: FeaturesConfig, events: pa.Table, histories: pa.ChunkedArray) -> dict[str, pa.Table]:

@@ -79,7 +79,7 @@ def written(
     config = CONFIGS[request.param]
     output = tmp_path_factory.mktemp("sources")
     (output / "sources").mkdir()
-    end = features.write_sources(config, Canonical(prepared.canonical), prepared.embedding, output)
+    _, end = features.write_sources(config, Canonical(prepared.canonical), prepared.embedding, output)
     return config, sources(output), end
 
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas as pd
@@ -169,6 +171,59 @@ def test_a_stream_of_clicks(served: Folders, monkeypatch: pytest.MonkeyPatch) ->
         told = " ".join(stream.stderr.read().split())
         assert stream.wait() == 1
     assert 'push: line 4: \'{"user_id": 4321, "item_id": "3"}\' is no click; write e.g.' in told
+
+
+def test_a_store_made_anew_gets_the_clicks_that_its_log_lacks(
+    served: Folders, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each, and of users that only the pushed clicks know, too: Redis still has theirs, a new SQLite has not."""
+    again = Folders(tmp_path / "again")
+    shutil.copytree(served.root, again.root)
+
+    def materialize() -> str:
+        receipt = features.run(FEATURES, again.canonical, again.report, again.embedding, again.repo, again.features)
+        return receipt["log_until"]
+
+    until = datetime.fromisoformat(materialize())
+    assert until == max(Canonical(again.canonical).events()["timestamp"].to_pylist())
+    length, forever, lag = FEATURES.history_length, 10**18, FEATURES.availability_lag_seconds
+    first, second = sorted({r.user for r in rows if r.label})[:2]
+    before = {user: known_clicks(rows, user, forever, lag) for user in (first, second)}
+    newer = [Click(user, 700 + n, until + timedelta(seconds=n)) for user in (first, 5150) for n in (1, 2)]
+    in_the_log = Click(second, 799, until)
+    with ExitStack() as stack:
+        histories = push.Histories(again.repo, length, stack)
+        histories.add([*newer, in_the_log])
+        fetch = reader(again, monkeypatch)
+        wanted = {first: [*before[first], 701, 702][-length:], 5150: [701, 702], second: before[second][-length:]}
+        assert fetch(second)["history"] == [*before[second], 799][-length:]
+        for _ in range(2):
+            materialize()
+            assert fetch(first)["history"] == before[first][-length:]
+            histories.add([])
+            assert {user: fetch(user)["history"] for user in wanted} == wanted
+        histories.add([Click(first, 703, until + timedelta(seconds=3))])
+        assert fetch(first)["history"] == [*before[first], 701, 702, 703][-length:]
+
+
+def test_clicks_wait_until_the_store_is_whole(served: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Folders(tmp_path / "made")
+    shutil.copytree(served.root, made.root)
+    receipt, aside = made.features / "receipt.json", tmp_path / "receipt.json"
+    fetch = reader(made, monkeypatch)
+    with ExitStack() as stack:
+        histories = push.Histories(made.repo, FEATURES.history_length, stack)
+        receipt.rename(aside)  # as while `features` is at work
+        adding = Thread(target=histories.add, args=([Click(5151, 1, datetime.now(UTC))],))
+        adding.start()
+        adding.join(3 * push.LOOK_SECONDS)
+        assert adding.is_alive() and fetch(5151)["history"] is None
+        aside.rename(receipt)
+        adding.join()
+        assert fetch(5151)["history"] == [1]
+    receipt.unlink()
+    with pytest.raises(ValueError, match=r"receipt\.json is not there; run `dvc repro features`"), ExitStack() as stack:
+        push.Histories(made.repo, FEATURES.history_length, stack)
 
 
 @pytest.mark.parametrize(
