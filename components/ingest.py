@@ -113,6 +113,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         )
     if given:
         _require_histories(config, raw, events)
+    events, users, items = (trimmed(t, s) for t, s in ((events, EVENTS), (users, USERS), (items, ITEMS)))
     events, rejected, set_aside, unknown_yet = settle(config, raw, events)
     events, wrong = keep_whole(events, users, items)
     rejected |= wrong
@@ -173,6 +174,16 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         write_json(folder / "source.json", facts)
     show(ledger, unknown_yet, days)
     return facts
+
+
+def trimmed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The extra columns as the server reads a request (`models.schema.trimmed`): no spaces (Unicode's Zs) around a
+    value, and none where nothing is left."""
+    for name in attributes(table, schema):
+        column = pc.replace_substring_regex(table[name], r"^\p{Zs}+|\p{Zs}+$", "")
+        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def settle(

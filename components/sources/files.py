@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from components.contracts import ARRIVAL, EVENTS, HISTORIES, HISTORY, IMAGE, ITEMS, SPLIT, USERS, UTC
+from components.contracts import ARRIVAL, EVENTS, HISTORIES, HISTORY, IMAGE, ITEMS, SPLIT, USERS, UTC, VECTORS
 from components.sources import RawTables, timeless
 
 if TYPE_CHECKING:
@@ -412,6 +412,12 @@ def _files(raw: str, table: str, path: str) -> list[File]:
 
 
 def _vectors(raw: str, name: str, path: str) -> pa.Table:
-    return pa.concat_tables(
-        [file.table().select(["item_id", "vector"]) for file in _files(raw, f"vectors.{name}", path)]
-    )
+    tables = []
+    for file in _files(raw, f"vectors.{name}", path):
+        if missing := sorted(set(VECTORS.names) - set(file.columns())):
+            raise ValueError(
+                f"ingest.files.vectors.{name}: {file.name} has no column {missing}; it has {file.columns()}. Write "
+                "item_id and vector, a list of numbers for each item"
+            )
+        tables.append(file.table().select(VECTORS.names))
+    return pa.concat_tables(tables)

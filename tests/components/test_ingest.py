@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC as ZONE
@@ -22,6 +23,7 @@ from components.artifacts import folder_hash
 from components.contracts import EVENTS, UTC, Canonical, attributes
 from components.sources import RawTables
 from components.sources.simulator import read
+from models import schema
 from tests.components.small_world import ingest_config, ingest_tables, with_column
 
 RATINGS = "1::10::5::978300760\n2::10::1::978300761\n"
@@ -56,6 +58,22 @@ def test_what_goes_in_comes_out(raw: RawTables, tmp_path: Path) -> None:
     assert facts["label_rate"] == pytest.approx(np.mean(raw.events["label"].to_pylist()))
     assert (facts["first_day"], facts["last_day"], facts["days"]) == ("2024-03-01", "2024-03-08", 8)
     assert json.loads((tmp_path / "canonical" / "source.json").read_text()) == facts
+
+
+def test_extra_columns_are_read_as_the_server_reads_a_request(raw: RawTables, tmp_path: Path) -> None:
+    spaces = [chr(code) for code in range(1, sys.maxunicode) if chr(code).isspace()]
+    given = [*(f"{space}a{space}b{space}" for space in spaces), *spaces, "", None, "a"]
+    tables = {}
+    for name in ("events", "users", "items"):
+        table = getattr(raw, name)
+        extra = pa.array([given[i % len(given)] for i in range(len(table))], pa.string())
+        tables[name] = table.append_column(f"extra_{name}", extra)
+    ingest_tables(replace(raw, **tables), tmp_path / "canonical")
+    data = Canonical(tmp_path / "canonical")
+    for name, table in tables.items():
+        found = getattr(data, name)()[f"extra_{name}"].to_pylist()
+        assert found == [None if v is None else schema.trimmed(v) for v in table[f"extra_{name}"].to_pylist()]
+    assert "a b" in found and "\ta\tb\t" in found
 
 
 def test_until_leaves_later_events_out_in_any_zone(raw: RawTables, tmp_path: Path) -> None:

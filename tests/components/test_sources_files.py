@@ -168,6 +168,13 @@ def test_users_items_and_vectors(ingested: Any) -> None:
     assert data.items()["tags"].to_pylist() == [["x"], [], None, ["y", "z"], ["z"]]
 
 
+def test_a_file_of_vectors_without_a_column(ingested: Any) -> None:
+    files = {"events/a.parquet": table(), "vectors.parquet": pa.table({"item_id": [50], "embedding": [[1.0]]})}
+    told = r"vectors\.image: .*vectors\.parquet has no column \['vector'\]; it has \['item_id', 'embedding'\]"
+    with pytest.raises(ValueError, match=told):
+        ingested(files, mapped(vectors={"image": "vectors.parquet"}))
+
+
 @pytest.mark.parametrize("x", [-7.9, 0.0, 0.9, 2.0, 2.1, 3.0, 1000.0, 1e300, None, math.nan, math.inf])
 def test_buckets(x: float | None, ingested: Any) -> None:
     rows = table(2).set_column(5, "price", pa.array([x, 1.0]))
