@@ -124,13 +124,15 @@ class Dataset:
         """The rows (a slice, or int64 indices that lie where the rows do) as a batch."""
         return self._widen(self._gather(rows))
 
-    def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
-        """A batch for each chunk of rows. Where the dataset streams, a thread gathers the next one meanwhile.
+    def fetched(self, chunks: Iterable[Tensor | slice]) -> Iterator[list[Tensor]]:
+        """For each chunk of rows, what `arranged` makes a batch of: the indices or, where the dataset streams, columns.
 
-        To a CUDA device that batch also crosses meanwhile, from pinned memory and on a stream of its own.
+        A thread gathers those while the batch before is in use. To a CUDA device they also cross meanwhile, from pinned
+        memory and on a stream of their own.
         """
         if not self.streams:
-            yield from map(self.batch, chunks)
+            for rows in chunks:
+                yield [rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.device)]
             return
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with ThreadPoolExecutor(1) as thread:
@@ -143,7 +145,15 @@ class Dataset:
                 if side is not None:
                     for column in columns:  # its memory is not for the next fetch before this stream is done with it
                         column.record_stream(torch.cuda.current_stream(self.device))
-                yield self._widen(columns)
+                yield columns
+
+    def arranged(self, fetched: Sequence[Tensor]) -> Batch:
+        """A batch of what was fetched."""
+        return self._widen(list(fetched)) if self.streams else self.batch(fetched[0])
+
+    def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
+        """A batch for each chunk of rows, fetched ahead where the dataset streams."""
+        return map(self.arranged, self.fetched(chunks))
 
     def _gather(self, rows: Tensor | slice, side: torch.cuda.Stream | None = None) -> list[Tensor]:
         """The batch's columns, as narrow as they lie, on the device; through pinned memory where on a side stream."""

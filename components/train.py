@@ -39,7 +39,7 @@ from components.warm_start import Start, take_weights
 from models.layers import Ranker, part_of_batch
 from models.metrics import auc
 from models.registry import Checkpoint, build, save
-from models.schema import Batch, Logits
+from models.schema import Logits
 
 SCORE_BATCH = 16_384  # rows scored at once
 SCRATCH = Path(".scratch/train")
@@ -47,6 +47,7 @@ INDUCTOR = Path(".scratch/inductor")
 CHECK_STEPS = 256  # the losses are looked at this often: each look waits for the device
 COIN_TOSS = math.log(2)  # nats: the loss of predicting 1/2 always
 PRECISIONS = ("fp32", "bf16")
+WARM_STEPS = 3  # before a step is recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class TrainConfig:
     device        auto, cpu, or a CUDA device such as cuda:0; torchrun needs auto or cpu
     precision     fp32 (on CUDA its matrix products are TF32), or bf16: forward and backward under autocast. Weights,
                   loss and valid scores are fp32 in both
-    compile       train through torch.compile, with CUDA graphs on CUDA; what it compiled is kept in .scratch/inductor
+    compile       train through torch.compile, on CUDA each step as one CUDA graph; what it compiled is kept in
+                  .scratch/inductor
     network       the model's own config, see models/
     """
 
@@ -266,7 +268,7 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
     progress = state.progress
     if resumed:
         here.say(f"{name}: goes on after epoch {progress.epoch}, step {progress.step}")
-    forward = _compiled(model) if config.compile else model
+    step = Step(config, state, data, here)
     seconds: list[float] = []
     first, last = data.splits["train"]
     with _asked_to_stop() as asked:
@@ -284,7 +286,7 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
 
         while not progress.done(config):
             whole, begun = progress.step == 0, time.perf_counter()
-            loss = train_epoch(config, state, forward, data, here, name, pause)
+            loss = train_epoch(config, state, step, data, here, name, pause)
             if whole:
                 seconds.append(time.perf_counter() - begun)
             score_B, label_B = score(state.scored, data, data.splits["valid"], here, pause)
@@ -318,15 +320,6 @@ def fits(row_bytes: int, device: torch.device) -> bool:
     return device.type != "cuda" or row_bytes <= torch.cuda.mem_get_info(device)[0] / 2
 
 
-def _compiled(model: Ranker) -> Callable[..., Logits]:
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(INDUCTOR.resolve())
-    graphs = next(model.parameters()).device.type == "cuda"
-    # A graph would be recorded for every number of distinct items of a batch: what varies runs without one.
-    options: dict[str, Any] = {"triton.cudagraphs": graphs, "triton.cudagraph_skip_dynamic_graphs": True}
-    compiled: Callable[..., Logits] = torch.compile(model, options=options)
-    return compiled
-
-
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], int]]:
     """The first SIGTERM or Ctrl-C is noted while the block lasts: its number, else 0. A second one acts as ever."""
@@ -357,13 +350,17 @@ def adam(config: TrainConfig, model: Ranker) -> torch.optim.Adam:
         {"params": regularised, "weight_decay": config.embedding_l2},
         {"params": others, "weight_decay": config.network_l2},
     ]
-    return torch.optim.Adam(groups, lr=config.lr, fused=True)
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
+    rate: Any = torch.tensor(config.lr, device=device)  # read by a CUDA graph, so where it lies it stays
+    return torch.optim.Adam(groups, lr=rate, fused=True, capturable=True)
 
 
 def train_epoch(
     config: TrainConfig,
     state: State,
-    forward: Callable[..., Logits],
+    step: Step,
     data: Dataset,
     here: Ranks,
     name: str,
@@ -372,7 +369,10 @@ def train_epoch(
     """One pass in an order of its own, from the state's step on. Returns the mean loss of a row."""
     model, optimizer, progress = state.model, state.optimizer, state.progress
     for group in optimizer.param_groups:
-        group["lr"] = progress.lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(progress.lr)
+        else:
+            group["lr"] = progress.lr
     start, end = data.splits["train"]
     order = torch.randperm(end - start, generator=torch.Generator().manual_seed(_seed(config.seed, progress.epoch)))
     chunks = _chunks((order + start).to(data.columns["item"].device), config.batch_size)
@@ -380,16 +380,17 @@ def train_epoch(
         state.loss_S = torch.zeros(len(chunks), dtype=torch.float64, device=data.device)
     model.train()
     left = chunks[progress.step :]
-    batches = data.batches(chunk[here.share(len(chunk))] for chunk in left)
+    fetched = data.fetched(chunk[here.share(len(chunk))] for chunk in left)
     shown = tqdm(
-        zip(left, batches, strict=True), f"{name} epoch {progress.epoch + 1}", len(chunks), unit="step", leave=False,
+        zip(left, fetched, strict=True), f"{name} epoch {progress.epoch + 1}", len(chunks), unit="step", leave=False,
         initial=progress.step, disable=True if here.rank else None,
     )  # fmt: skip
-    for chunk, batch in shown:
+    for chunk, columns in shown:
         torch.manual_seed(_seed(config.seed, progress.epoch, progress.step))
-        loss = train_step(config, state, forward, data, batch, here, len(chunk))
-        state.loss_S[progress.step] = loss * len(chunk)
+        state.loss_S[progress.step] = step(columns, len(chunk)) * len(chunk)
         progress.step += 1
+        progress.steps += 1
+        state.follow(config.ema)
         if progress.step % CHECK_STEPS == 0:
             _require_finite(config, name, state)
         pause()
@@ -402,29 +403,76 @@ def train_epoch(
     return mean
 
 
+class Step:
+    """One training step on what `Dataset.fetched` gives of a batch; returns the loss of all its rows, float64.
+
+    With `compile`, batches of full size go through torch.compile, and on CUDA the whole step, from the gather to Adam,
+    is recorded after WARM_STEPS as one CUDA graph: a replay is one call, where a step is hundreds of kernels that take
+    the host longer to launch than the device to run. The last batch of an epoch, which is smaller, runs as it is
+    written.
+    """
+
+    def __init__(self, config: TrainConfig, state: State, data: Dataset, here: Ranks) -> None:
+        self.config, self.state, self.data, self.here = config, state, data, here
+        self.compiled: Callable[[list[Tensor], int], Tensor] | None = None
+        if config.compile:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(INDUCTOR.resolve())
+            self.compiled = torch.compile(self.loss, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = 0
+
+    def __call__(self, fetched: list[Tensor], rows: int) -> Tensor:
+        """`rows` of all processes together."""
+        if self.compiled is None or rows < self.config.batch_size:
+            return train_step(self.config, self.state, self.loss, self.here, fetched, rows)
+        if self.data.device.type != "cuda":
+            return train_step(self.config, self.state, self.compiled, self.here, fetched, rows)
+        if self.graph is None:
+            if self.warm == 0:
+                self.stream = torch.cuda.Stream(self.data.device)
+            self.warm += 1
+            self.stream.wait_stream(torch.cuda.current_stream(self.data.device))
+            if self.warm <= WARM_STEPS:  # kernels are compiled and moments made; a recording cannot do that
+                with torch.cuda.stream(self.stream):
+                    loss = train_step(self.config, self.state, self.compiled, self.here, fetched, rows)
+                torch.cuda.current_stream(self.data.device).wait_stream(self.stream)
+                return loss
+            self.inputs = [column.clone() for column in fetched]
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.output = train_step(self.config, self.state, self.compiled, self.here, self.inputs, rows)
+        for own, column in zip(self.inputs, fetched, strict=True):
+            own.copy_(column)
+        self.graph.replay()
+        return self.output
+
+    def loss(self, fetched: list[Tensor], rows: int) -> Tensor:
+        model, here = self.state.model, self.here
+        batch = self.data.arranged(fetched)
+        assert batch.label_B is not None
+        half = torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with half, part_of_batch(here.share(rows).start, rows) if here.size > 1 else nullcontext():
+            logits = model(batch, self.data.catalog, self.data.click_log)
+        logits = Logits(logits.logit_B.float(), tuple(part_B.float() for part_B in logits.parts_B))
+        return model.loss(*here.gather(logits, batch.label_B, rows))
+
+
 def train_step(
     config: TrainConfig,
     state: State,
-    forward: Callable[..., Logits],
-    data: Dataset,
-    batch: Batch,
+    loss_of: Callable[[list[Tensor], int], Tensor],
     here: Ranks,
+    fetched: list[Tensor],
     rows: int,
 ) -> Tensor:
-    """One step on a batch of `rows` rows, of which `batch` holds the rank's. Returns the loss of all, float64."""
-    assert batch.label_B is not None
-    half = torch.autocast(data.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    with half, part_of_batch(here.share(rows).start, rows) if here.size > 1 else nullcontext():
-        logits = forward(batch, data.catalog, data.click_log)
-    logits = Logits(logits.logit_B.float(), tuple(part_B.float() for part_B in logits.parts_B))
-    loss = state.model.loss(*here.gather(logits, batch.label_B, rows))
+    """Loss, gradients and Adam for a batch of `rows` rows, of which `fetched` are the rank's. The loss, float64."""
+    loss = loss_of(fetched, rows)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     here.sum_gradients(state.model)
     nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
     state.optimizer.step()
-    state.progress.steps += 1
-    state.follow(config.ema)
     return loss.detach().double()
 
 

@@ -63,7 +63,7 @@ class ItemTower(nn.Module):
         index_NG = catalog.categorical_IG[rows_N].long()
         parts = [table(index_NG[:, i]) for i, table in zip(self.columns, self.categoricals, strict=True)]
         for name, table in zip(self.set_names, self.sets, strict=True):
-            parts.append(table(catalog.sets[name][rows_N].long()))
+            parts.append(mean_rows(table.get_parameter("weight"), catalog.sets[name][rows_N].long()))
         if self.project is not None:
             assert catalog.vector_IE is not None, "the schema has an item vector, the catalog has none"
             parts.append(self.project(catalog.vector_IE[rows_N].to(self.project.weight.dtype)))
@@ -101,6 +101,17 @@ class Ranker(nn.Module, ABC):
     def regularised_parameters(self) -> list[nn.Parameter]:
         """What the published L2 covers: every embedding table and the vector projection."""
         return [*self.fields.parameters(), *self.items.parameters()]
+
+
+def mean_rows(table_VE: Tensor, index_NT: Tensor) -> Tensor:
+    """[N, E]: the mean of the table's rows at the indices that are not padding; zero where all are. Row 0 must be zero.
+
+    Off the CPU rows are gathered and summed: one kernel of torch.compile, where it would leave a bag as it is.
+    """
+    if index_NT.device.type == "cpu":
+        return nn.functional.embedding_bag(index_NT, table_VE, mode="mean", padding_idx=PADDING)
+    sum_NE = nn.functional.embedding(index_NT, table_VE, padding_idx=PADDING).sum(1)
+    return sum_NE / (index_NT != PADDING).sum(1, keepdim=True).clamp(min=1)
 
 
 def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ Shapes: those of `models.layers`, and A attention width, D width of x, R rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +112,23 @@ def _scores(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor) -> Tensor:
 
 
 def gathered_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
-    """What PointerPool computes, from gathered rows: two products, which a GPU does at the rate of its memory."""
-    hist_BLM = item_UM.to(q_BM.dtype)[index_BL]
+    """What PointerPool computes, from gathered rows: for devices other than CPUs that have no Triton."""
+    hist_BLM = item_UM[index_BL]
     weight_B1L = torch.bmm(q_BM[:, None], hist_BLM.transpose(1, 2)).relu().masked_fill(~real_BL[:, None], 0)
     return torch.bmm(weight_B1L, hist_BLM).squeeze(1)
+
+
+def _device_pool() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What pools off the CPU: the kernels in pointer_pool.py where torch has CUDA and Triton, else `gathered_pool`."""
+    if torch.version.cuda is not None:
+        with suppress(ImportError):
+            from models.pointer_pool import pointer_pool
+
+            return pointer_pool
+    return gathered_pool
+
+
+device_pool = _device_pool()
 
 
 class SparseTargetAttention(nn.Module):
@@ -132,8 +147,8 @@ class SparseTargetAttention(nn.Module):
         q_BM = F.linear(target_BM, self.key.weight.T @ self.query.weight * self.scale)
         if item_UM.device.type == "cpu":
             pooled_BM = PointerPool.apply(q_BM.to(item_UM.dtype), item_UM, index_BL, real_BL)
-        else:
-            pooled_BM = gathered_pool(q_BM, item_UM, index_BL, real_BL)
+        else:  # rows move in q's dtype, under autocast bfloat16
+            pooled_BM = device_pool(q_BM, item_UM.to(q_BM.dtype), index_BL, real_BL)
         return F.linear(pooled_BM, self.out.weight @ self.value.weight) + target_BM
 
 

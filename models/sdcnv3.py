@@ -36,6 +36,7 @@ from models.layers import (
     initialise,
     keep_mask,
     mask_seed,
+    mean_rows,
     require,
     require_flag,
     require_names,
@@ -230,10 +231,10 @@ class SDCNv3(Ranker):
         if self._has_item_id:
             index_BL = catalog.categorical_IG[:, 0][hist_BL].long()
             table = self.items.categoricals[0].get_parameter("weight")
-            means.append(F.embedding_bag(index_BL, table, mode="mean", padding_idx=PADDING))
+            means.append(mean_rows(table, index_BL))
         if self.items.project is not None:
             assert catalog.vector_IE is not None, "the schema has an item vector, the catalog has none"
-            mean_BE = F.embedding_bag(hist_BL, catalog.vector_IE, mode="mean", padding_idx=PADDING)
+            mean_BE = mean_rows(catalog.vector_IE, hist_BL)
             means.append(self.items.project(mean_BE.to(self.items.project.weight.dtype)))
         return means
 

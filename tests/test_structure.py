@@ -26,7 +26,7 @@ PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 ALLOWED = {
     "dags": {"airflow"},
-    "models": {"models", "torch", "safetensors"},
+    "models": {"models", "torch", "triton", "safetensors"},
     "bento": {"bento", "models", "bentoml", "pydantic", "starlette", "torch", "safetensors", "feast", "numpy"},
     "feature_repo": {"feast", "ibis", "pandas", "pyarrow"},
 }

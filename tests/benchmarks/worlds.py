@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import published
 import torch
 from harness import ROOT
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from components.config import load
 from components.dataset import Dataset
 from components.parallel import Ranks
-from components.train import State, TrainConfig, _compiled, adam, keep_freed_memory, train_step
-from models.registry import PRESETS, build
-from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema
+from components.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
+from models.losses import tri_bce
+from models.registry import PRESETS, build, network_config
+from models.schema import SPECIAL, Catalog, Encoder, Feature, Logits, Schema, history_rows
 
 # MicroLens_1M_x1 as the published run of QIN reads it
 ITEMS, TAGS, TAGS_OF_AN_ITEM, VECTOR, HISTORY = 91_718, 11_740, 5, 128, 64
@@ -30,7 +33,7 @@ CRITEO = [50] * 13 + [int(300_000 * 0.7**i) + 10 for i in range(26)]
 
 
 class Training:
-    """A model of a preset in training on a dataset; `step` is the trainer's."""
+    """A model of a preset in training on a dataset; `step` and `epoch` are the trainer's."""
 
     def __init__(self, preset: str, data: Dataset, **changes: Any) -> None:
         family = preset.split("/")[0]
@@ -41,12 +44,51 @@ class Training:
         self.config, self.data = config, data
         self.model = build(family, network, data.schema).to(data.device).train()
         self.state = State(Path(), "", self.model, adam(config, self.model), config)
-        self.forward = _compiled(self.model) if config.compile else self.model
+        self.run = Step(config, self.state, data, Ranks())
 
     def step(self, rows: Tensor | slice) -> Tensor:
         """The batch is gathered, as in an epoch. Returns its loss."""
-        batch = self.data.batch(rows)
-        return train_step(self.config, self.state, self.forward, self.data, batch, Ranks(), len(batch.item_B))
+        (fetched,) = self.data.fetched([rows])
+        return self.run(fetched, len(self.data.columns["label"][rows]))
+
+    def epoch(self) -> float:
+        """All rows, in an order of its own. Returns their mean loss."""
+        self.state.progress.step = 0
+        loss = train_epoch(self.config, self.state, self.run, self.data, Ranks(), "", lambda: None)
+        self.state.progress.epoch += 1
+        return loss
+
+
+class Published:
+    """The same in the published form: its forward pass, whole-table L2 in autograd, Adam with clipped gradients."""
+
+    def __init__(self, preset: str, data: Dataset, *, lr: float, embedding_l2: float, clip_norm: float) -> None:
+        self.family = preset.split("/")[0]
+        self.network = network_config(self.family, PRESETS[preset])
+        self.data, self.l2, self.clip_norm = data, embedding_l2, clip_norm
+        torch.manual_seed(7)
+        self.model = build(self.family, PRESETS[preset], data.schema).to(data.device)
+        self.named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr)
+
+    def step(self, rows: Tensor | slice) -> Tensor:
+        """Returns the batch's loss."""
+        data, batch = self.data, self.data.batch(rows)
+        hist_BL = history_rows(data.click_log, batch.start_B, batch.end_B, data.schema.history_length)
+        read = self.named, self.network, data.schema, batch, data.catalog, hist_BL
+        assert batch.label_B is not None
+        if self.family == "qin":
+            loss = F.binary_cross_entropy_with_logits(published.qin(*read, training=True), batch.label_B)
+        else:
+            deep_B, shallow_B = published.sdcnv3(*read, training=True)
+            assert shallow_B is not None
+            loss = tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), batch.label_B)
+        penalty = sum((table**2).sum() for table in self.model.regularised_parameters())
+        self.optimizer.zero_grad()
+        (loss + self.l2 / 2 * penalty).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        return loss.detach()
 
 
 def native_bf16() -> bool:
