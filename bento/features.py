@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feast import FeatureService, FeatureStore
 
 THREADS = 8
 AGAIN = 10.0  # seconds from one try to open a store to the next, while none is open
@@ -154,7 +157,18 @@ class _Opened:
         self.fetch(0)  # opens the connection, outside of any request's time limit
 
     def fetch(self, user_id: int) -> dict[str, Any]:
-        answer = self.store.get_online_features(features=self.service, entity_rows=[{"user_id": user_id}])
-        row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
-        now = time()  # Feast does not hold online values to their time to live
-        return {name: None if 0 < self.ttl[name] < now - row[f"{name}__ts"] else row[name] for name in self.ttl}
+        return served(self.store, self.service, {"user_id": user_id}, self.ttl, time())
+
+
+def served(
+    store: FeatureStore, features: FeatureService | list[str], entity: dict[str, int], ttl: dict[str, float], now: float
+) -> dict[str, Any]:
+    """Feature -> its value online, None where it is beyond its time to live: Feast does not hold values to it.
+
+    features  a service, or `view:feature` names
+    ttl       feature -> seconds, 0 for ever
+    now       seconds since 1970
+    """
+    answer = store.get_online_features(features=features, entity_rows=[entity])
+    row = {name: values[0] for name, values in answer.to_dict(include_event_timestamps=True).items()}
+    return {name: None if 0 < ttl[name] < now - row[f"{name}__ts"] else row[name] for name in ttl}

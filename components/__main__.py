@@ -253,7 +253,10 @@ def replay(
     rows: Annotated[int, typer.Option(help="Past impressions, drawn at random, each at its own moment.")] = 30,
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 7,
 ) -> None:
-    """Whether past impressions were served the features that training sees: by feature, offline against online."""
+    """Whether past impressions have, by feature, the same values as training joins them and in an online store.
+
+    The store is made anew, for each impression, of what was known at its moment, and read as the server reads.
+    """
     from components import replay as step
     from components.config import load
     from components.features import FeaturesConfig

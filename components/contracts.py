@@ -39,6 +39,7 @@ import pyarrow.parquet as pq
 from components.artifacts import read_json
 
 UTC = pa.timestamp("us", tz="UTC")
+END_OF_TIME = 253_402_300_800_000_000  # the year 10,000, which Python's datetime does not have
 BATCH = 16_384
 ORACLE = "true_probability"
 ARRIVAL = "created_at"
@@ -160,9 +161,15 @@ def _cast(column: pa.ChunkedArray, wanted: pa.DataType, where: str) -> pa.Chunke
     if _kind(found) != _kind(wanted) and not pa.types.is_null(found):
         raise ValueError(f"{where} is {found}; it must be {wanted}. Convert it where the data is written")
     try:
-        return column.cast(wanted)
+        cast = column.cast(wanted)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{where} does not fit {wanted}: {error}") from None
+    if wanted == UTC and (pc.max(cast.cast(pa.int64())).as_py() or 0) >= END_OF_TIME:
+        raise ValueError(
+            f"{where} has times beyond the year 9999: numbers of another unit, such as milliseconds read as seconds? "
+            "Convert it where the data is written"
+        )
+    return cast
 
 
 def _kind(kind: pa.DataType) -> str:

@@ -206,10 +206,10 @@ def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], tr
     """
     arrays = dict(fit.arrays)
     for name, x_IE in sorted(vectors.items()):
-        known = train & ~np.isnan(x_IE[:, 0])
-        if not known.any():
-            known = ~np.isnan(x_IE[:, 0])
-        rows = np.flatnonzero(known)
+        rows = np.flatnonzero(train & ~np.isnan(x_IE[:, 0]))
+        if not len(rows):  # training shows none of it: it is taken as it is, and later items tell the fit nothing
+            arrays[f"{name}.mean"], arrays[f"{name}.std"] = np.zeros(x_IE.shape[1]), np.ones(x_IE.shape[1])
+            continue
         mean_E = sum(x_BE.sum(axis=0) for x_BE in _chunks(x_IE, rows)) / len(rows)
         std_E = np.sqrt(sum(((x_BE - mean_E) ** 2).sum(axis=0) for x_BE in _chunks(x_IE, rows)) / len(rows))
         arrays[f"{name}.mean"], arrays[f"{name}.std"] = mean_E, np.where(std_E == 0, 1, std_E)

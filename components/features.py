@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 SOURCES = ("user_profile", "user_clicks", "user_history", "item_popularity", "item_embedding")
 NO_ATTRIBUTES = "known"  # what a view of users without attributes serves, for it must serve some; no model reads it
 TREES_KIB = 512 * 1024  # of the online store: two million users' keys
+REDIS_BATCH = 10_000  # keys
 ONLINE = ("user_profile", "user_history", "item_popularity", "item_embedding")
 
 
@@ -88,6 +89,7 @@ def run(
         print(f"materialize {', '.join(ONLINE)} until {end:%Y-%m-%d %H:%M:%S} UTC", flush=True)
         with hastened(store):
             store.materialize(start_date=datetime(1990, 1, 1, tzinfo=ZONE), end_date=end, feature_views=list(ONLINE))
+        forget(store, output / "sources")
         checked = check_online(store, output / "sources", config.online_sample)
     receipt = {
         "rows": {name: pq.ParquetFile(output / "sources" / f"{name}.parquet").metadata.num_rows for name in SOURCES},
@@ -322,6 +324,32 @@ def hastened(store: FeatureStore) -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def forget(store: FeatureStore, sources: Path) -> None:
+    """SQLite's file is made anew, Redis is written over: remove what its views still have of entities that left their
+    sources. What was pushed to those goes too, as in SQLite; `push` gives a new store what its log does not have."""
+    if store.config.online_store.type != "redis":
+        return
+    from feast.infra.online_stores.helpers import _mmh3, _redis_key_prefix
+
+    online: Any = store._get_provider().online_store
+    client = online._get_client(store.config.online_store)
+    project = store.project.encode()
+    for view in map(store.get_feature_view, ONLINE):
+        known = read_parquet(sources / f"{view.name}.parquet")[view.join_keys[0]].to_numpy()
+        # A key is what names the entity, the id's type and length (4 bytes each), the id, and the project.
+        prefix = _redis_key_prefix(view.join_keys)
+        found = client.scan_iter(prefix + b"*" + project, count=REDIS_BATCH)
+        keys = np.array([key for key in found if len(key) == len(prefix) + 16 + len(project)], dtype=np.bytes_)
+        ids = np.frombuffer(b"".join(key[len(prefix) + 8 :][:8] for key in keys.tolist()), "<i8")
+        fields = [f"_ts:{view.name}", *(_mmh3(f"{view.name}:{feature.name}") for feature in view.features)]
+        gone = keys[~np.isin(ids, known)].tolist()
+        for start in range(0, len(gone), REDIS_BATCH):
+            with client.pipeline(transaction=False) as pipe:
+                for key in gone[start : start + REDIS_BATCH]:
+                    pipe.hdel(key, *fields)
+                pipe.execute()
 
 
 def check_online(store: FeatureStore, sources: Path, sample: int) -> int:

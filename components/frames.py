@@ -1,8 +1,8 @@
 """What the rules judge: the canonical tables, and what no single row tells, made rows and columns.
 
 `event_frame`, `item_frame`, `vector_frame` have a row a row of their table; `day_frame` a row a day; `figure_frame` a
-row a figure of a day beside the same figure of the days before it; `column_frame` a row a feature; `cohort_frame` a row
-a figure of the newest items' vectors beside those of the items before them; `quarantine_frame` a row a reason for which
+row a figure of a day beside the same figure of earlier days; `column_frame` a row a feature; `cohort_frame` a row a
+figure of the newest items' vectors beside those of the items before them; `quarantine_frame` a row a reason for which
 ingest left rows out.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC as ZONE
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.contracts import ARRIVAL, EVENTS, ITEMS, ORACLE, USERS, Canonical, attributes
+from components.contracts import ARRIVAL, EVENTS, HISTORY, ITEMS, ORACLE, USERS, Canonical, attributes
 
 if TYPE_CHECKING:
     from components.validate import ValidateConfig
@@ -30,13 +31,14 @@ CHUNK = 8192  # vectors whose values are in memory as float64 at a time
 SAMPLE = 20_000  # vectors that a cohort is measured by
 FEWEST = 30  # items that make a cohort
 DAYS = 3  # before a day, that can tell what is usual
+WEEK, WEEKS = 7, 4  # days, and the weeks whose same weekday can tell it too
 BUCKETS = 4096  # values of a feature that are counted apart; beyond it they share counts
 
 # The UTF-8 bytes of a letter or a dash read as Latin-1 or Windows-1252, and the sign for what could not be read.
 MOJIBAKE = "[ÂÃ][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|â[\u0080€][\u0080-\u00bf™œž“”˜¦¢]|\ufffd"
 
 # How far a figure may lie from what is usual before the days' own spread is counted. The shares and the direction are
-# differences, volume and norm differences of logarithms (log 2: twice or half), the label rate one of log-odds.
+# differences, volume and norms differences of logarithms (log 2: twice or half), the label rate one of log-odds.
 FLOORS = {
     "volume": np.log(2),
     "label_rate": 0.5,
@@ -49,6 +51,7 @@ FLOORS = {
     "missing": 0.1,
     "mix": 0.2,
     "no_vector": 0.2,
+    "one_norm": np.log(4),
     "norm": 0.4,
     "direction": 0.1,
     "directions": 0.1,
@@ -89,8 +92,9 @@ def item_frame(data: Canonical) -> pd.DataFrame:
     return frame
 
 
-def vector_frame(table: pa.Table, items: pa.ChunkedArray) -> pd.DataFrame:
-    """One row a vector that is there: its length, finiteness and norm."""
+def vector_frame(table: pa.Table, items: pa.ChunkedArray, spreads: float) -> pd.DataFrame:
+    """One row a vector that is there: its length, finiteness and norm, and how far `off` the median of all norms this
+    one lies, as in `figure_frame`; none for a vector of zeros."""
     table = there(table)
     vectors = table["vector"].combine_chunks()
     lengths = pc.list_value_length(vectors).to_numpy(zero_copy_only=False)
@@ -107,6 +111,9 @@ def vector_frame(table: pa.Table, items: pa.ChunkedArray) -> pd.DataFrame:
         values[~finite] = 0
         squares[rows] = np.add.reduceat(values * values, starts - starts[0])
     usual = np.bincount(lengths).argmax() if len(lengths) else 0
+    norm = pd.Series(np.sqrt(squares))
+    log = pd.Series(np.log(norm.where(norm > 0)))
+    away = log - log.median()
     return pd.DataFrame(
         {
             "item_id": table["item_id"].to_numpy(),
@@ -114,23 +121,24 @@ def vector_frame(table: pa.Table, items: pa.ChunkedArray) -> pd.DataFrame:
             "length": lengths,
             "is_usual_length": (lengths == usual) & (lengths > 0),
             "non_finite_values": bad,
-            "norm": np.sqrt(squares),
+            "norm": norm,
+            "off": away / (FLOORS["one_norm"] + spreads * SIGMA * away.abs().median()),
         }
     )
 
 
-def quarantine_frame(root: Path, broken: dict[str, int], read: int) -> pd.DataFrame:
-    """One row a reason for which ingest found rows broken: how many, their share of the rows read, and one of them."""
+def quarantine_frame(root: Path, broken: dict[str, int], known: int) -> pd.DataFrame:
+    """One row a reason for which ingest found rows broken: how many, their share of the known rows, and one of them."""
     rows = []
     for file in sorted((root / "quarantine").glob("*.parquet")):
         first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
         if (reason := first.pop("reason")) in broken:
             example = str({name: str(value) for name, value in first.items()})
-            rows.append({"reason": reason, "rows": broken[reason], "share": broken[reason] / read, "example": example})
+            rows.append({"reason": reason, "rows": broken[reason], "share": broken[reason] / known, "example": example})
     return pd.DataFrame(rows, columns=["reason", "rows", "share", "example"])
 
 
-# ---- a day beside the days before it ----------------------------------------------------------------------------
+# ---- a day beside earlier days ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Recent:
 
     days: np.ndarray  # datetime64[D], every day of the calendar
     judged_D: np.ndarray  # bool: among the newest, and days with enough rows before it
+    enough_D: np.ndarray  # bool: among the newest, and with enough rows of its own
     rows_D: np.ndarray
     usual_D: np.ndarray  # median rows of the days before
     events: pa.Table  # of the days
@@ -160,15 +169,22 @@ class Recent:
 
 
 def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None) -> Recent:
-    """The newest `trailing_days` days of the calendar, and as many before them."""
+    """The newest `trailing_days` days of the calendar that are over, and those that tell what is usual on them.
+
+    The times of a source that gives its histories are an order and no more: all of its rows are one day, with none
+    before it.
+    """
     events, day, last = data.events(), _partition_days(data), last_day(data, until)
-    first = max(day.min(), last - (2 * config.trailing_days - 1) * DAY)
+    if HISTORY[0] in events.column_names:
+        day = np.full(len(day), last)
+    before = max(config.trailing_days, WEEK * WEEKS)
+    first = min(last, max(day.min(), last - (config.trailing_days + before - 1) * DAY))
     days = np.arange(first, last + DAY)
     user = pd.factorize(events["user_id"].to_numpy())[0]
     start = np.flatnonzero(np.diff(np.maximum.accumulate(user), prepend=-1))  # events lie in time order
     time = events["timestamp"].cast(pa.int64()).fill_null(0).to_numpy()
     key = {"user": user, "item": events["item_id"].to_numpy(), "time": time % (86_400 * 1_000_000)}
-    recent = day >= first
+    recent = (day >= first) & (day <= last)
     day_R = ((day[recent] - first) // DAY).astype(np.int64)
     rows_D = np.bincount(day_R, minlength=len(days))
     usual_D = _before(rows_D.astype(float), config.trailing_days)[0]
@@ -176,6 +192,7 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
     return Recent(
         days=days,
         judged_D=newest & (usual_D >= config.min_day_rows),
+        enough_D=newest & (rows_D >= config.min_day_rows),
         rows_D=rows_D,
         usual_D=usual_D,
         events=events.filter(pa.array(recent)),
@@ -186,9 +203,12 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
 
 
 def last_day(data: Canonical, until: datetime | None) -> np.datetime64:
-    """That of the last event, or the day before `until`, whichever is later."""
-    last = np.datetime64(data.days()[-1]) if data.days() else np.datetime64("1970-01-01")
-    return last if until is None else max(last, np.datetime64(until.replace(tzinfo=None), "D") - DAY)
+    """The newest day that is over at `until`, be it empty; where that is null, the newest with events that is over now.
+
+    A part of a day has neither the rows nor the hours of a day.
+    """
+    over = np.datetime64((until or datetime.now(ZONE)).replace(tzinfo=None), "D") - DAY
+    return over if until else min([over, *np.array(data.days()[-1:], dtype="datetime64[D]")])
 
 
 def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
@@ -198,19 +218,27 @@ def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
         rate = clicks / recent.rows_D
     frame = pd.DataFrame({"day": recent.days, "rows": recent.rows_D, "usual_rows": recent.usual_D})
     frame["rows_if_judged"] = frame["rows"].where(recent.judged_D)
-    frame["label_rate"] = np.where(recent.rows_D >= config.min_day_rows, rate, np.nan)
+    frame["label_rate"] = np.where(recent.enough_D, rate, np.nan)
     return frame.tail(config.trailing_days).reset_index(drop=True)
 
 
 def figure_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.DataFrame:
-    """One row a judged day and figure: `value`, what is `usual` (the median of the days before), how far it is
-    `allowed` to lie from it, and `off`, its distance in units of that. The last is what the rules judge."""
+    """One row a judged day and figure: `value`, what is `usual`, how far it is `allowed` to lie from it, and `off`, its
+    distance in units of that. The last is what the rules judge.
+
+    Usual is the median of the days before or, where the day is nearer to it, that of the same weekday in the weeks
+    before: a week has its rhythm.
+    """
     tables = []
     for figure, of, value_D, chance_D in _figures(recent, data, config.trailing_days):
-        usual_D, spread_D = _before(value_D, config.trailing_days)
-        allowed_D = FLOORS[figure] + config.spreads * SIGMA * spread_D + CHANCE * chance_D
-        told = {"day": recent.days, "figure": figure, "of": of, "value": value_D, "usual": usual_D}
-        told |= {"allowed": allowed_D, "off": (value_D - usual_D) / allowed_D}
+        beside = (_before(value_D, config.trailing_days), _before(value_D, WEEKS, WEEK))
+        usual_BD, spread_BD = map(np.stack, zip(*beside, strict=True))
+        allowed_BD = FLOORS[figure] + config.spreads * SIGMA * spread_BD + CHANCE * chance_D
+        off_BD = (value_D - usual_BD) / allowed_BD
+        weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False where too few weeks are there
+        told = {"day": recent.days, "figure": figure, "of": of, "value": value_D}
+        for name, (days_D, weeks_D) in {"usual": usual_BD, "allowed": allowed_BD, "off": off_BD}.items():
+            told[name] = np.where(weekly_D, weeks_D, days_D)
         tables.append(pd.DataFrame(told)[recent.judged_D])
     return pd.concat(tables, ignore_index=True)
 
@@ -246,8 +274,8 @@ def _figures(recent: Recent, data: Canonical, width: int) -> Iterator[tuple[str,
 
 
 def column_frame(recent: Recent, data: Canonical) -> pd.DataFrame:
-    """One row a feature: its `values`, and how well it alone `tells_label` on the judged day where it does so best:
-    Cramér's V, 0 to 1, less what its number of values gives it by chance (Bergsma 2013)."""
+    """One row a feature: its `values`, and how well it alone `tells_label` on the day where it does so best, of those
+    with enough rows: Cramér's V, 0 to 1, less what its number of values gives it by chance (Bergsma 2013)."""
     label_R = recent.events["label"].fill_null(0).to_numpy().astype(float)
     found = []
     for name, code_R in features(recent.events, data):
@@ -260,7 +288,7 @@ def column_frame(recent: Recent, data: Canonical) -> pd.DataFrame:
             phi_D = parts_DV.sum(axis=1) / (n_D * (rate_D1 * (1 - rate_D1))[:, 0]) - (values_D - 1) / (n_D - 1)
             freedom_D = np.minimum(values_D - 1 - (values_D - 1) ** 2 / (n_D - 1), 1 - 1 / (n_D - 1))
             told_D = np.where(freedom_D > 1e-9, np.clip(phi_D, 0, None) / freedom_D, 0.0)
-        told_D = np.nan_to_num(told_D[recent.judged_D])
+        told_D = np.nan_to_num(told_D[recent.enough_D])
         found.append({"column": name, "values": int((rows_DV.sum(axis=0) > 0).sum()),
                       "tells_label": float(min(told_D.max(initial=0.0), 1.0) ** 0.5)})  # fmt: skip
     return pd.DataFrame(found, columns=["column", "values", "tells_label"])
@@ -278,11 +306,11 @@ def features(events: pa.Table, data: Canonical) -> Iterator[tuple[str, np.ndarra
             yield name, codes
 
 
-def _before(value_D: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Median, and median absolute deviation, of the `width` days before each day; NaN where fewer than `DAYS` have a
-    value."""
-    padded = np.concatenate([np.full(width, np.nan), value_D[:-1]])
-    before_DW = np.lib.stride_tricks.sliding_window_view(padded, width)
+def _before(value_D: np.ndarray, width: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Median, and median absolute deviation, of `width` days before each day, `step` days apart; NaN where fewer than
+    `DAYS` have a value."""
+    padded = np.concatenate([np.full(step * width, np.nan), value_D[:-1]])
+    before_DW = np.lib.stride_tricks.sliding_window_view(padded, step * width)[:, ::step]
     tells = np.isfinite(before_DW).sum(axis=1) >= min(DAYS, width)
     median, spread = np.full((2, len(value_D)), np.nan)
     median[tells] = np.nanmedian(before_DW[tells], axis=1)

@@ -5,9 +5,10 @@ written; a row that is wrong by itself (an unknown item, a label of 2) goes to q
 and what is wrong with items and vectors, is judged by `validate`.
 
 Every row that a source read is written to events, or counted under the reason why not: rows left out are in
-quarantine/. Where rows say when they arrived (`created_at`), days may be delivered again: user, item
-and timestamp name an impression, the newest row of it counts, and rows that arrived at `until` or later are not known.
-So ingest of the same `until` gives the same bytes, whatever was delivered since.
+quarantine/, and of rows that are not known before `until` there is their number in source.json. Where rows say when
+they arrived (`created_at`), days may be delivered again: user, item and timestamp name an impression, the newest whole
+row of it counts, and what arrived at `until` or later is not known. So but for that number, ingest of the same `until`
+gives the same bytes, whatever was delivered since.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC as ZONE
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from components.contracts import (
     OPTIONAL,
     ORACLE,
     USERS,
+    UTC,
     VECTORS,
     attributes,
     conform,
@@ -53,7 +55,9 @@ RESERVED = {
     "clicks_start", "clicks_end", "known", *OPTIONAL,
 }  # fmt: skip
 POPULARITY = {"views_level", "clicks_level"}  # features too, unless the source gives its histories itself
-UNKNOWN_YET = "not known before until"  # counted, never written: a later delivery changes no byte
+UNKNOWN_YET = "not known before until"  # counted, never written: no fault, and no part of this data
+NO_LABEL = "label is not 0 or 1"
+IMPRESSION = ("user_id", "item_id", "timestamp")  # what names one, where rows say when they arrived
 DAY = np.timedelta64(1, "D")
 MONTH = 30  # days, in which a day without a row is unusual
 SHOWN = 14  # unusual days in the terminal; source.json has all
@@ -65,7 +69,7 @@ class IngestConfig:
     raw           the path the source reads; the simulator has no files, its code is its input
     until         ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
                   measured back from it; null takes every event, and then freshness is not judged
-    max_rejected  share of the rows read that may be broken and go to quarantine; beyond it, ingest stops
+    max_rejected  share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
     simulator     the world that the simulator draws
     files         your own tables, where the source is `files`
     """
@@ -99,6 +103,12 @@ def parse_time(name: str, text: str) -> datetime:
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
     raw = sources.read(config)
+    read = len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values())))
+    if raw.read not in (None, read):
+        raise ValueError(
+            f"{config.source}: {raw.read} rows were read, and {read} came out of the adapter; it must give those that "
+            "it leaves out as `rejected` or `set_aside`"
+        )
     events = conform(raw.events, EVENTS, f"{config.source} events", optional=OPTIONAL)
     users = conform(raw.users, USERS, f"{config.source} users")
     items = conform(raw.items, ITEMS, f"{config.source} items", optional={IMAGE: pa.string()})
@@ -114,21 +124,23 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     if given:
         _require_histories(config, raw, events)
     events, users, items = (trimmed(t, s) for t, s in ((events, EVENTS), (users, USERS), (items, ITEMS)))
-    events, rejected, set_aside, unknown_yet = settle(config, raw, events)
-    events, wrong = keep_whole(events, users, items)
-    rejected |= wrong
-    left_out = {reason: rows for reason, rows in (rejected | set_aside).items() if len(rows)}
+    until = None if config.until is None else parse_time("ingest.until", config.until)
+    if until is not None and given:
+        raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
+    events, rejected, set_aside, later = settle(raw, events, users, items, until)
+    left_out = rejected | set_aside
     ledger = {
-        "read": len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values()))) - unknown_yet,
+        "read": read,
+        "later": later,
         "written": len(events),
         "left_out": {reason: len(rows) for reason, rows in left_out.items()},
     }
-    assert ledger["read"] == len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
+    assert read == later + len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
     broken = sum(map(len, rejected.values()))
-    if broken > config.max_rejected * ledger["read"]:
+    if broken > config.max_rejected * (read - later):
         told = "; ".join(f"{reason}: {len(rows)}, e.g. {_first(rows)}" for reason, rows in rejected.items())
         raise ValueError(
-            f"{config.source}: {broken} of {ledger['read']} rows are broken, more than ingest.max_rejected "
+            f"{config.source}: {broken} of {read - later} rows are broken, more than ingest.max_rejected "
             f"({config.max_rejected}) of them ({told}); mend the files, or raise the limit"
         )
     if not len(events):
@@ -150,7 +162,8 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         if left_out:
             (folder / "quarantine").mkdir(exist_ok=True)
         for at, (reason, rows) in enumerate(left_out.items()):
-            told = rows.append_column("reason", pa.repeat(reason, len(rows)))
+            names = ["given reason" if name == "reason" else name for name in rows.column_names]
+            told = rows.rename_columns(names).append_column("reason", pa.repeat(reason, len(rows)))
             pq.write_table(told, folder / "quarantine" / f"{at}-{re.sub(r'[^A-Za-z0-9]+', '-', reason)}.parquet")
         facts = {
             "source": config.source,
@@ -165,14 +178,14 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             "vectors": {name: len(table) for name, table in sorted(raw.modalities.items())},
             **({"pictures": copied} if copied else {}),
             "rows": ledger,
-            "broken": {reason: len(rows) for reason, rows in rejected.items() if len(rows)},
+            "broken": {reason: len(rows) for reason, rows in rejected.items()},
             "unusual_days": days,
             **raw.facts,
         }
         if ORACLE in events.column_names:
             facts["oracle_auc"] = _auc(events["label"].to_numpy(), events[ORACLE].to_numpy())
         write_json(folder / "source.json", facts)
-    show(ledger, unknown_yet, days)
+    show(ledger, days)
     return facts
 
 
@@ -184,33 +197,6 @@ def trimmed(table: pa.Table, schema: pa.Schema) -> pa.Table:
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
         table = table.set_column(table.column_names.index(name), name, column)
     return table
-
-
-def settle(
-    config: IngestConfig, raw: RawTables, events: pa.Table
-) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
-    """The events that count; what is broken and what is set aside, by reason; and how many are not known yet."""
-    rejected, set_aside = dict(raw.rejected), dict(raw.set_aside)
-    unknown_yet = 0
-    if config.until is not None:
-        if set(HISTORY) <= set(events.column_names):
-            raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
-        limit = pa.scalar(parse_time("ingest.until", config.until), EVENTS.field("timestamp").type)
-        known = pc.less(events["timestamp"], limit).fill_null(True)
-        if ARRIVAL in events.column_names:
-            known = pc.and_(known, pc.less(events[ARRIVAL], limit).fill_null(True))
-        unknown_yet = len(events)
-        events = events.filter(known)
-        unknown_yet -= len(events)
-    if events["timestamp"].null_count:
-        rejected["no timestamp"] = events.filter(pc.is_null(events["timestamp"]))
-        events = events.filter(pc.is_valid(events["timestamp"]))
-    if ARRIVAL in events.column_names:
-        superseded, repeated = versions(events)
-        set_aside["repeated"] = events.filter(pa.array(repeated))
-        set_aside["corrected later"] = events.filter(pa.array(superseded & ~repeated))
-        events = events.filter(pa.array(~superseded))
-    return events, rejected, set_aside, unknown_yet
 
 
 def take_pictures(config: IngestConfig, raw: RawTables, items: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -247,40 +233,119 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
     return {"named": len(named), "written": len(named) - len(left_out), "left_out": reasons}
 
 
-def keep_whole(events: pa.Table, users: pa.Table, items: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """The events that have a label, a known user and a known item; and those that do not, by reason."""
-    wrong = {}
-    for column, known, reason in (
-        ("label", pa.array([0, 1], pa.int8()), "label is not 0 or 1"),
-        ("user_id", users["user_id"].combine_chunks(), "unknown user"),
-        ("item_id", items["item_id"].combine_chunks(), "unknown item"),
-    ):
-        is_known = pc.is_in(events[column], value_set=known, skip_nulls=True)
-        if len(left_out := events.filter(pc.invert(is_known))):
-            wrong[reason] = left_out
-        events = events.filter(is_known)
-    return events, wrong
+def settle(
+    raw: RawTables, events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
+) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
+    """The events that count; what is broken and what is set aside, by reason; and how many are not known yet."""
+    events, wrong = keep_whole(events, users, items, until)
+    later = len(wrong.pop(UNKNOWN_YET, ()))
+    set_aside = dict(raw.set_aside)
+    if ARRIVAL in events.column_names:
+        broken = wrong.pop(NO_LABEL, events.slice(0, 0))
+        is_mended = pa.array(mended(broken, events))
+        events, older = versions(events)
+        older["corrected later"] = pa.concat_tables([older["corrected later"], broken.filter(is_mended)])
+        wrong[NO_LABEL] = broken.filter(pc.invert(is_mended))
+        set_aside |= older
+    rejected, set_aside = (
+        {reason: rows for reason, rows in by_reason.items() if len(rows)}
+        for by_reason in (raw.rejected | wrong, set_aside)
+    )
+    return events, rejected, set_aside, later
 
 
-def versions(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of events that say when they arrived: which rows have a newer one of their impression (the same user, item and
-    timestamp), and which of those differ from it in nothing but the arrival. Two bool arrays, one entry a row.
+def keep_whole(
+    events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
+) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """The events that are whole and known before `until`; and those that are not, by reason.
+
+    What says when it arrived is known from then on, the rest from when it happened. A time beyond tomorrow is never
+    true, and neither is a row that is known before it happened; UNKNOWN_YET is no fault.
+    """
+    tomorrow = pa.scalar(datetime.now(ZONE) + timedelta(days=1), UTC)
+    limit = tomorrow if until is None else pa.scalar(until, UTC)
+    labels = pa.array([0, 1], pa.int8())
+
+    def known(rows: pa.Table) -> pa.ChunkedArray:
+        return pc.coalesce(*(rows[name] for name in (ARRIVAL, "timestamp") if name in rows.column_names))
+
+    def is_unknown(rows: pa.Table, column: str, values: pa.Array) -> pa.ChunkedArray:
+        return pc.invert(pc.is_in(rows[column], value_set=values, skip_nulls=True))
+
+    left_out = {}
+    for reason, is_so in {
+        "later than tomorrow": lambda rows: pc.greater_equal(known(rows), tomorrow),
+        UNKNOWN_YET: lambda rows: pc.greater_equal(known(rows), limit),
+        "no timestamp": lambda rows: pc.is_null(rows["timestamp"]),
+        "happens after it arrived": lambda rows: pc.greater_equal(rows["timestamp"], limit),
+        "unknown user": lambda rows: is_unknown(rows, "user_id", users["user_id"].combine_chunks()),
+        "unknown item": lambda rows: is_unknown(rows, "item_id", items["item_id"].combine_chunks()),
+        NO_LABEL: lambda rows: is_unknown(rows, "label", labels),
+    }.items():
+        marked = is_so(events).fill_null(False)
+        if pc.any(marked).as_py():
+            left_out[reason] = events.filter(marked)
+            events = events.filter(pc.invert(marked))
+    return events, left_out
+
+
+def versions(events: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """Of whole events that say when they arrived: the newest row of each impression, in the place of its oldest; and
+    the older rows: `repeated`, where the next differs in nothing but the arrival, and `corrected later`.
+
+    The newest row has the arrival from which on its label was known without a break: a day that comes again, or with
+    another context, changes no history.
+    """
+    order, again = _by_impression(events)
+    equal = {
+        name: _as_before(events[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()[order])
+        for name in set(events.column_names) - {ARRIVAL, *IMPRESSION}
+    }
+    repeats = again & np.all(list(equal.values()), axis=0)
+    newest = np.flatnonzero(~np.roll(again, -1))
+    oldest, since = (_starts(going_on)[newest] for going_on in (again, again & equal["label"]))
+    place = np.argsort(order[oldest])
+    counted = events.take(order[newest[place]])
+    arrival = events[ARRIVAL].take(order[since[place]])
+    return counted.set_column(counted.column_names.index(ARRIVAL), ARRIVAL, arrival), {
+        "repeated": events.take(np.sort(order[np.roll(repeats, -1)])),
+        "corrected later": events.take(np.sort(order[np.roll(again & ~repeats, -1)])),
+    }
+
+
+def mended(broken: pa.Table, whole: pa.Table) -> np.ndarray:
+    """Which of the broken events have a whole one of their impression that arrived later. bool [rows of broken]"""
+    users = pc.unique(broken["user_id"])
+    both = pa.concat_tables([broken, whole.filter(pc.is_in(whole["user_id"], value_set=users))])
+    order, again = _by_impression(both)
+    impression = np.append(np.cumsum(~again), 0)
+    at = np.where(order >= len(broken), np.arange(len(order)), len(order))
+    next_whole = np.minimum.accumulate(at[::-1])[::-1]
+    found = np.empty(len(order), dtype=bool)
+    found[order] = impression[next_whole] == impression[:-1]
+    return found[: len(broken)]
+
+
+def _by_impression(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """The rows by impression and age, and whether each, in this order, is of the same impression as the one before.
 
     A row without an arrival is the oldest; of equal arrivals the later in the table is the newer.
     """
-    key = [events[name].cast(pa.int64()).fill_null(-1).to_numpy() for name in ("user_id", "item_id", "timestamp")]
+    keys = [events[name].cast(pa.int64()).to_numpy() for name in IMPRESSION]
     arrival = events[ARRIVAL].cast(pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy()
-    order = np.lexsort((arrival, *key))
-    older, newer = order[:-1], order[1:]
-    same = np.all([values[older] == values[newer] for values in key], axis=0)
-    older, newer = older[same], newer[same]
-    equal = np.ones(len(older), dtype=bool)
-    for name in set(events.column_names) - {ARRIVAL, "user_id", "item_id", "timestamp"}:
-        codes = events[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()
-        equal &= codes[older] == codes[newer]
-    superseded, repeated = np.zeros(len(events), dtype=bool), np.zeros(len(events), dtype=bool)
-    superseded[older], repeated[older] = True, equal
-    return superseded, repeated
+    order = np.lexsort((arrival, *keys))
+    again = np.all([_as_before(key[order]) for key in keys], axis=0)
+    again[:1] = False
+    return order, again
+
+
+def _as_before(values: np.ndarray) -> np.ndarray:
+    return np.diff(values, prepend=values[:1]) == 0
+
+
+def _starts(going_on: np.ndarray) -> np.ndarray:
+    """Position -> the one at which its run begins."""
+    return np.maximum.accumulate(np.where(going_on, 0, np.arange(len(going_on))))
 
 
 def unusual_days(events: pa.Table, set_aside: dict[str, pa.Table]) -> dict[str, dict[str, int]]:
@@ -307,9 +372,9 @@ def _count(rows: pa.Table) -> dict[str, int]:
     return dict(zip(days.astype(str).tolist(), counts.tolist(), strict=True))
 
 
-def show(ledger: dict[str, Any], unknown_yet: int, days: dict[str, dict[str, int]]) -> None:
+def show(ledger: dict[str, Any], days: dict[str, dict[str, int]]) -> None:
     """The tables for the terminal."""
-    told = {"read": ledger["read"] + unknown_yet, UNKNOWN_YET: -unknown_yet}
+    told = {"read": ledger["read"], UNKNOWN_YET: -ledger["later"]}
     told |= {reason: -rows for reason, rows in ledger["left_out"].items()}
     table = Table("rows", "", title="What became of the rows", title_justify="left")
     table.columns[1].justify = "right"

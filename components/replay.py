@@ -1,9 +1,14 @@
-"""replay: past impressions, their features as training joins them beside what was served at their moment.
+"""replay: past impressions, their features as training joins them beside those of a store made anew for their moment.
 
 Offline is what `dataset` reads: Feast's point-in-time join over the sources that `features` wrote, and the click log.
-Online is made again for each impression: the events that were known at its moment go through `features` and Feast's
-materialization into a scratch store, and are read from there. What was known is told here anew, from the definition,
-and not taken from the sources; so a source that tells too much, or too early, is found.
+Online is no record of what was served, for none is kept: for each impression the events that were known at its moment
+go through `features` and Feast's materialization into a new SQLite store, and are read from there as the server reads,
+with that moment for its clock. What was known is told here anew, from the definition, and not taken from the sources;
+so a source that tells too much, or too early, is found. An item's vector alone is the source's, known from the item's
+`created_at`.
+
+So the store is one that is never behind. Between two materializations the one in service is, unless clicks are pushed
+to it: a `features.availability_lag_seconds` of 0 presumes `push`.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC as ZONE
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +32,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from bento.features import served
 from components.artifacts import read_json
-from components.contracts import ARRIVAL, UTC, Canonical, read_parquet, write_days
+from components.contracts import ARRIVAL, HISTORY, Canonical, read_parquet, write_days
 from components.dataset import point_in_time
-from components.features import SECOND, FeaturesConfig, apply, feature_store, write_sources
+from components.features import ONLINE, SECOND, FeaturesConfig, apply, feature_store, write_sources
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-VIEWS = ("user_profile", "user_history", "item_popularity")
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ def run(
     known = _known_from(config, events)
     drawn = draw(events, known, rows, seed)
     offline = derive_offline(config, features, repo, drawn)
-    online = list(serve_again(config, data, events, known, repo, drawn))
+    online = serve_again(config, data, features, events, known, repo, drawn)
     found: dict[str, list[Mismatch]] = {name: [] for name in offline[0]}
-    for row, wanted, served in zip(drawn.to_pylist(), offline, online, strict=True):
+    for row, wanted, answer in zip(drawn.to_pylist(), offline, online, strict=True):
         for name, value in wanted.items():
-            if not same(value, served[name]):
+            if not same(value, answer[name]):
                 found[name].append(
-                    Mismatch(row["user_id"], row["item_id"], row["event_timestamp"], value, served[name])
+                    Mismatch(row["user_id"], row["item_id"], row["event_timestamp"], value, answer[name])
                 )
     show(found, len(drawn))
     return {name: mismatches for name, mismatches in found.items() if mismatches}
@@ -87,43 +91,58 @@ def draw(events: pa.Table, known: np.ndarray, rows: int, seed: int) -> pa.Table:
 
 
 def derive_offline(config: FeaturesConfig, features: Path, repo: Path, drawn: pa.Table) -> list[dict[str, Any]]:
-    """Feature -> value, an entry an impression, with the history as the item ids that its pointers name."""
+    """Feature -> value, an entry an impression, with the history as the item ids that its pointers name; an empty one
+    is none, for a store has no row of it."""
     log = read_parquet(features / "click_log.parquet")["item_id"].to_pylist()
     with feature_store(repo) as store:
         found = point_in_time(store, "training", drawn).drop_columns(drawn.column_names).to_pylist()
-    for row in found:
-        start, end = row.pop("clicks_start"), row.pop("clicks_end")
-        row["history"] = None if end is None else log[max(start, end - config.history_length) : end]
+        vectors = point_in_time(store, "catalog", drawn)["embedding"].to_pylist()
+    for row, vector in zip(found, vectors, strict=True):
+        start, end = row.pop("clicks_start") or 0, row.pop("clicks_end") or 0
+        row["history"] = log[max(start, end - config.history_length) : end] or None
+        row["embedding"] = vector
     return found
 
 
 def serve_again(
-    config: FeaturesConfig, data: Canonical, events: pa.Table, known: np.ndarray, repo: Path, drawn: pa.Table
+    config: FeaturesConfig,
+    data: Canonical,
+    features: Path,
+    events: pa.Table,
+    known: np.ndarray,
+    repo: Path,
+    drawn: pa.Table,
 ) -> Iterator[dict[str, Any]]:
-    """Feature -> value, an entry an impression, from a store that was materialized up to its moment."""
+    """Feature -> value, an entry an impression, from a store of its own that was materialized up to its moment."""
     in_play = np.zeros(len(events), dtype=bool)
     for name in ("user_id", "item_id"):  # of other users and items nothing is read
         in_play |= pc.is_in(events[name], value_set=drawn[name].combine_chunks()).to_numpy()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        empty = _scratch(scratch, data, repo, drawn)
-        with feature_store(scratch / "feature_repo") as store:
-            for row in drawn.to_pylist():
-                moment = row["event_timestamp"]
-                then = known <= round(moment.timestamp() * 1e6)
-                then &= in_play | (np.arange(len(then)) == np.flatnonzero(then)[-1])  # the last says which day it was
-                shutil.rmtree(scratch / "canonical" / "events", ignore_errors=True)
-                write_days(events.filter(pa.array(then)), scratch / "canonical" / "events")
-                write_sources(config, Canonical(scratch / "canonical"), empty, scratch / "data" / "features")
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    if not (scratch / "data" / "features" / "registry.db").exists():
-                        apply(store, scratch / "data" / "features")
-                    store.materialize(datetime(1990, 1, 1, tzinfo=ZONE), moment, feature_views=list(VIEWS))
-                yield _read(store, row)
+        canonical, output = scratch / "canonical", scratch / "data" / "features"
+        _scratch(scratch, data, features, repo, drawn)
+        for row in drawn.to_pylist():
+            moment = row["event_timestamp"]
+            then = known <= round(moment.timestamp() * 1e6)
+            then &= in_play | (np.arange(len(then)) == np.flatnonzero(then)[-1])  # the last says which day it was
+            for made in (canonical / "events", output):
+                shutil.rmtree(made, ignore_errors=True)
+            (output / "sources").mkdir(parents=True)
+            write_days(events.filter(pa.array(then)), canonical / "events")
+            write_sources(config, Canonical(canonical), scratch / "embedding", output)
+            silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+            with feature_store(scratch / "feature_repo") as store, silent[0], silent[1]:
+                apply(store, output)
+                store.materialize(datetime(1990, 1, 1, tzinfo=ZONE), moment, feature_views=list(ONLINE))
+                answer = _read(store, row)
+            yield answer
 
 
 def _known_from(config: FeaturesConfig, events: pa.Table) -> np.ndarray:
-    """Microseconds from which each event is known: its second is over, the lag has passed, and it has arrived."""
+    """Microseconds from which each event is known: its second is over, the lag has passed, and it has arrived. One
+    that brings its history is known when it happens."""
+    if HISTORY[0] in events.column_names:
+        return events["timestamp"].cast(pa.int64()).to_numpy()
     second = events["timestamp"].cast(pa.int64()).to_numpy() // SECOND
     known = (second + 1 + config.availability_lag_seconds) * SECOND
     if ARRIVAL in events.column_names:
@@ -131,9 +150,8 @@ def _known_from(config: FeaturesConfig, events: pa.Table) -> np.ndarray:
     return known
 
 
-def _scratch(root: Path, data: Canonical, repo: Path, drawn: pa.Table) -> Path:
-    """The repo with an SQLite store of its own, and the users in play. Returns an embedding folder without a vector."""
-    (root / "data" / "features" / "sources").mkdir(parents=True)
+def _scratch(root: Path, data: Canonical, features: Path, repo: Path, drawn: pa.Table) -> None:
+    """The repo with an SQLite store of its own, and the users and vectors in play."""
     (root / "canonical").mkdir()
     (root / "embedding").mkdir()
     shutil.copytree(repo, root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
@@ -147,25 +165,23 @@ def _scratch(root: Path, data: Canonical, repo: Path, drawn: pa.Table) -> Path:
     )
     if data.histories() is not None:
         shutil.copy(data.root / "histories.parquet", root / "canonical" / "histories.parquet")
-    nothing = pa.schema([("item_id", pa.int64()), ("created_at", UTC), ("embedding", pa.list_(pa.float32()))])
-    pq.write_table(nothing.empty_table(), root / "embedding" / "item_embedding.parquet")
-    return root / "embedding"
+    items = data.items()
+    vectors = read_parquet(features / "sources" / "item_embedding.parquet").drop_columns("event_timestamp")
+    vectors = vectors.filter(pc.is_in(vectors["item_id"], value_set=drawn["item_id"].combine_chunks()))
+    created = items["created_at"].take(pc.index_in(vectors["item_id"], value_set=items["item_id"].combine_chunks()))
+    pq.write_table(vectors.append_column("created_at", created), root / "embedding" / "item_embedding.parquet")
 
 
 def _read(store: FeatureStore, row: dict[str, Any]) -> dict[str, Any]:
-    """What the store serves at the impression's moment: a value beyond its time to live is none."""
-    served: dict[str, Any] = {}
-    for name in VIEWS:
+    """What the store serves at the impression's moment."""
+    found: dict[str, Any] = {}
+    for name in ONLINE:
         view = store.get_feature_view(name)
         key = view.join_keys[0]
-        answer = store.get_online_features(
-            features=[f"{name}:{feature.name}" for feature in view.features], entity_rows=[{key: row[key]}]
-        ).to_dict(include_event_timestamps=True)
-        for feature in view.features:
-            age = row["event_timestamp"].timestamp() - answer[f"{feature.name}__ts"][0]
-            expired = view.ttl and age > view.ttl.total_seconds()
-            served[feature.name] = None if expired else answer[feature.name][0]
-    return served
+        ttl = dict.fromkeys((feature.name for feature in view.features), (view.ttl or timedelta()).total_seconds())
+        names = [f"{name}:{feature}" for feature in ttl]
+        found |= served(store, names, {key: row[key]}, ttl, row["event_timestamp"].timestamp())
+    return found
 
 
 def same(offline: Any, online: Any) -> bool:

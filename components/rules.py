@@ -8,8 +8,8 @@ QUARANTINE  rows were left out, each with its reason in canonical/quarantine; th
 WARN        logged, and in the report
 
 The columns that are not of the data itself (`item_is_known`, `off`, …) are made by `frames`, so that a rule stays a
-plain statement on a column. A rule on `off` is learnt: the figure lies no farther from the median of the days before it
-than `frames.FLOORS`, `validate.spreads` of their spread (median absolute deviation), and chance allow.
+plain statement on a column. A rule on `off` is learnt: the figure lies no farther from the median of those that it is
+beside than `frames.FLOORS`, `validate.spreads` of their spread (median absolute deviation), and chance allow.
 """
 
 from __future__ import annotations
@@ -130,6 +130,12 @@ def vector_rules(name: str) -> list[Expectation]:
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="norm", min_value=0, strict_min=True, description=f"no {name} vector is all zeros", severity=WARN
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="off", max_value=1, description=f"no {name} vector is so long that it sets the scale of all"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="off", min_value=-1, description=f"no {name} vector is next to nothing", severity=WARN
         ),
     ]
 

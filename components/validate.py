@@ -31,10 +31,12 @@ UNSAID = {"column", "batch_id", "row_condition"}  # of a rule, where its limits 
 class ValidateConfig:
     """label_rate         share of clicks that a judged day may have, [low, high]
     max_age_hours      age of the newest event at ingest.until
-    trailing_days      how many of the newest days are judged, and how many days before a day tell what is usual
+    trailing_days      how many of the newest days that are over are judged, and how many days before a day tell what
+                       is usual; so does the same weekday of earlier weeks
     spreads            spreads (1.48 × the median absolute deviation) that a figure may lie from the usual one, beyond
                        the floor of its kind in frames.py
-    min_day_rows       a median below this many rows says nothing: the day is not judged
+    min_day_rows       fewer rows say nothing: neither of a day's clicks nor, as the median of the days before, of what
+                       is usual
     max_missing_share  items without a vector, per modality
     """
 
@@ -69,7 +71,7 @@ def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> di
         "canonical_sha256": folder_hash(canonical),
         "rows": {name: len(frame) for name, (frame, _) in tables.items()},
         "quarantined": facts["broken"],
-        "not_judged": [] if facts["until"] else ["freshness: ingest.until is null"],
+        "not_judged": not_judged(Canonical(canonical), tables),
         "rules": verdicts,
     }
     write_json(output, report)
@@ -93,13 +95,14 @@ def suites(
     since = frames.last_day(data, until) - (config.trailing_days - 1) * frames.DAY
     tables: dict[str, tuple[pd.DataFrame, list[Expectation]]] = {}
     for name, table in data.each_modality():  # before the events are in memory
-        tables[f"modality {name}"] = (frames.vector_frame(table, items["item_id"]), rules.vector_rules(name))
+        vectors = frames.vector_frame(table, items["item_id"], config.spreads)
+        tables[f"modality {name}"] = (vectors, rules.vector_rules(name))
         tables[f"coverage {name}"] = (frames.coverage_frame(table, items["item_id"]), rules.coverage_rules(config))
         tables[f"new items {name}"] = (frames.cohort_frame(table, items, since), rules.cohort_rules(name))
         del table
     recent = frames.recent_days(data, config, until)
     events = frames.event_frame(data)
-    broken = frames.quarantine_frame(data.root, facts["broken"], facts["rows"]["read"])
+    broken = frames.quarantine_frame(data.root, facts["broken"], facts["rows"]["read"] - facts["rows"]["later"])
     tables |= {
         "events": (events, rules.event_rules(until, events.columns)),
         "days": (frames.day_frame(recent, config), rules.day_rules(config)),
@@ -115,6 +118,18 @@ def suites(
         frame = pd.DataFrame({"newest": [newest], "age_hours": [age]})
         tables["freshness"] = (frame, rules.freshness_rules(config))
     return tables
+
+
+def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expectation]]]) -> list[str]:
+    """What the rules could not speak of, and why."""
+    found = []
+    if "freshness" not in tables:
+        found.append("freshness: ingest.until is null")
+    if np.datetime64(last := data.days()[-1]) > tables["days"][0]["day"].max():
+        found.append(f"days: {last} is not over")
+    if tables["figures"][0].empty:
+        found.append("figures: no day has days before it that tell what is usual")
+    return found
 
 
 def require(report: Path, canonical: Path) -> None:

@@ -33,6 +33,7 @@ class RawTables:
 
     items       may name their pictures in a column `image`: a path below ingest.raw, or an http(s) URL; null: none
     modalities  name -> (item_id, vector); an item without a vector has no row
+    read        the rows of the events' files, where the adapter counts them: none of them may be lost on the way
     histories   the item ids that the events' history_start and history_end point at, where the source gives them
     rejected    reason -> raw rows that are broken and are in no other table
     set_aside   reason -> raw rows that are whole, and left out all the same
@@ -43,6 +44,7 @@ class RawTables:
     users: pa.Table
     items: pa.Table
     modalities: dict[str, pa.Table]
+    read: int | None = None
     histories: pa.Table | None = None
     rejected: dict[str, pa.Table] = field(default_factory=dict)
     set_aside: dict[str, pa.Table] = field(default_factory=dict)

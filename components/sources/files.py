@@ -12,7 +12,9 @@ below ingest.raw and nowhere else, or an http(s) URL. DVC watches ingest.raw alo
 or a URL names elsewhere is read whenever `ingest` runs, and never makes it run.
 
 A value that cannot be read (a label of 2, a time without a zone, a word for a number) sends its row to quarantine with
-the file and the reason. In one event table, a row that an earlier file held too is set aside as repeated.
+the file and the reason. In one event table, a row that an earlier file held too is set aside as repeated. Files count
+by their names: where a later one holds an impression (user, item and timestamp) and not this row of it, the row is set
+aside as corrected. With `created_at` mapped, the arrival decides that, in `ingest`.
 """
 
 # ruff: noqa: S608 - the names in these queries are quoted by `_name` and `_text`
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -49,6 +52,10 @@ MEMORY = "2GB"  # of the table that rows are gathered in, which spills to disk b
 BATCH = 65_536  # rows of parquet at once
 BLOCK = 1 << 24  # bytes of CSV at once
 ZONE = r"(Z|[+-]\d{2}(:?\d{2})?)$"
+WHOLE = r"[+-]?\d+(\.0*)?"  # of an id in text: 7.0 is what pandas writes where another row has none
+SECONDS = (-62_135_596_800, 253_402_300_800)  # of the years 1 to 9999, which is all that Python's datetime knows
+TIMES = "timestamptz '0001-01-01 00:00:00Z' and timestamptz '9999-12-31 23:59:59.999999Z'"
+IMPRESSION = {"user_id", "item_id", "timestamp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ def read(config: IngestConfig) -> RawTables:
         raise ValueError("ingest.files.events.path is null; name the files of your impressions, e.g. events/*.parquet")
     with tempfile.TemporaryDirectory(prefix="clickloop-files-") as spill, duckdb.connect() as db:
         db.execute(f"set memory_limit = '{MEMORY}'; set temp_directory = '{spill}'; set timezone = 'UTC'")
-        events, rejected, repeated = _events(db, config.raw, mapping.events)
+        events, rejected, set_aside, rows = _events(db, config.raw, mapping.events)
         first = pc.min(events["timestamp"])
         users = _table(db, config.raw, "users", mapping.users, events["user_id"])
         items = _table(db, config.raw, "items", mapping.items, events["item_id"])
@@ -106,7 +113,10 @@ def read(config: IngestConfig) -> RawTables:
     if pa.types.is_string(tags.type) or pa.types.is_null(tags.type):
         tags = pc.split_pattern(tags.cast(pa.string()), mapping.separator)
     titles = pc.coalesce(items["title"], items["item_id"].cast(pa.string()))
-    created = pc.coalesce(items["created_at"], first)
+    known = items["created_at"]
+    if without_times := HISTORY[0] in events.column_names:  # rows whose times are made up know every item
+        known = pa.nulls(len(items), UTC)
+    created = pc.coalesce(known, first)
     pictures = items[IMAGE]
     whole = pc.or_(pc.match_substring(pictures, "://"), pc.starts_with(pictures, "/"))
     pictures = pc.if_else(whole, pictures, pc.binary_join_element_wise(config.raw.rstrip("/"), pictures, "/"))
@@ -117,9 +127,10 @@ def read(config: IngestConfig) -> RawTables:
         users=users,
         items=items.sort_by("item_id"),
         modalities={name: _vectors(config.raw, name, path) for name, path in mapping.vectors.items()},
-        histories=HISTORIES.empty_table() if HISTORY[0] in events.column_names else None,
+        histories=HISTORIES.empty_table() if without_times else None,
         rejected=rejected,
-        set_aside={"repeated by a later file": repeated} if len(repeated) else {},
+        set_aside=set_aside,
+        read=rows,
         facts={"numeric": mapping.events.numeric},
     )
 
@@ -129,11 +140,11 @@ def read(config: IngestConfig) -> RawTables:
 
 def _events(
     db: duckdb.DuckDBPyConnection, raw: str, table: TableConfig
-) -> tuple[pa.Table, dict[str, pa.Table], pa.Table]:
-    """The events, the broken rows by reason, and the rows that an earlier file held."""
+) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
+    """The events; the broken rows, and those that another file has or corrects, by reason; and how many were read."""
     parts = table.path if isinstance(table.path, dict) else {"": str(table.path)}
     files = [(part, file) for part in ("", *PARTS) if part in parts for file in _files(raw, "events", parts[part])]
-    columns = _gather(db, "events", table, [file for _, file in files], required=("label",))
+    columns, rows = _gather(db, "events", table, [file for _, file in files], required=("label",))
     timed, given = "timestamp" in columns, "" not in parts
     if SPLIT in columns and given:
         raise ValueError("ingest.files.events: a path for each part, and a split column too; give the one or the other")
@@ -142,31 +153,39 @@ def _events(
             f"ingest.files.events: {files[0][1].name} has no timestamp and no split column, so no row is later than "
             "another; map one of the two in `columns`, or give a path for train, valid and test each"
         )
-    rejected = {
-        reason: db.sql('select ":file", ":row", "values" from events_broken where ":reason" = ?', params=[reason])
-        .to_arrow_table()
-        .rename_columns(["file", "row", "values"])
-        for (reason,) in db.sql('select distinct ":reason" from events_broken order by all').fetchall()
-    }
-    kind, again = "view", "false"
+    rejected = _by_reason(db, "events_broken", ["file", "row", "given"], ["file", "row", "values"])
+    kind, fate = "view", "null"
     if timed and len(files) > 1:  # without times, equal rows are equal impressions and no more
-        kind, again = "table", f'min(":file") over (partition by {", ".join(map(_name, columns))}) < ":file"'
-    db.execute(f'create {kind} marked as select *, {again} as ":again" from events')
-    order = f'list_position({list(PARTS)}, split), ":file", ":row"' if SPLIT in columns else '":file", ":row"'
-    found = db.sql(f'select * from marked where not ":again" order by {order}').to_arrow_table()
-    repeated = db.sql('select * from marked where ":again" order by ":file", ":row"').to_arrow_table().select(columns)
-    events = found.select(columns)
+        row = ", ".join(_numbered(columns))
+        kind, fate = "table", f"when min(file) over (partition by {row}) < file then 'repeated by a later file'"
+        if set(columns) >= IMPRESSION and ARRIVAL not in columns:
+            impression = ", ".join(_numbered(columns, IMPRESSION))
+            newest = f"max(file) over (partition by {row}) < max(file) over (partition by {impression})"
+            fate += f" when {newest} then 'corrected by a later file'"
+        fate = f"case {fate} end"
+    db.execute(f"create {kind} marked as select *, {fate} as reason from events")
+    split = [f"list_position({list(PARTS)}, {column})" for column in _numbered(columns, {SPLIT})]
+    found = db.sql(
+        f"select * from marked where reason is null order by {', '.join([*split, 'file', 'row'])}"
+    ).to_arrow_table()
+    set_aside = _by_reason(db, "marked", _numbered(columns), columns)
+    events = found.select(_numbered(columns)).rename_columns(columns)
     if given:
-        events = events.append_column(
-            SPLIT, pa.array([part for part, _ in files]).take(found[":file"].combine_chunks())
-        )
+        events = events.append_column(SPLIT, pa.array([part for part, _ in files]).take(found["file"].combine_chunks()))
     for name in {"user_id", "item_id"} - set(columns):
         events = events.append_column(name, pa.repeat(pa.scalar(0, pa.int64()), len(events)))
     if not timed:
         events = events.append_column("timestamp", timeless(len(events)))
         for name in HISTORY:
             events = events.append_column(name, pa.repeat(pa.scalar(0, pa.int64()), len(events)))
-    return events, rejected, repeated
+    return events, rejected, set_aside, rows
+
+
+def _by_reason(db: duckdb.DuckDBPyConnection, table: str, columns: list[str], names: list[str]) -> dict[str, pa.Table]:
+    """The rows that have a reason, by it: these columns under these names, in the order of the files."""
+    reasons = db.sql(f"select distinct reason from {table} where reason is not null order by all").fetchall()
+    query = f"select {', '.join(columns)} from {table} where reason = ? order by file, row"
+    return {reason: db.sql(query, params=[reason]).to_arrow_table().rename_columns(names) for (reason,) in reasons}
 
 
 def _table(db: duckdb.DuckDBPyConnection, raw: str, name: str, table: TableConfig, ids: pa.ChunkedArray) -> pa.Table:
@@ -175,13 +194,14 @@ def _table(db: duckdb.DuckDBPyConnection, raw: str, name: str, table: TableConfi
     if table.path is None:
         found = pa.table({key: pc.unique(ids)})
     else:
-        columns = _gather(db, name, table, _files(raw, name, str(table.path)), required=(key,))
+        columns, _ = _gather(db, name, table, _files(raw, name, str(table.path)), required=(key,))
         if broken := db.sql(f"select * from {name}_broken").fetchall():
             file, _, reason, values = broken[0]
             raise ValueError(
                 f"ingest.files.{name}: {len(broken)} broken row(s), e.g. in {file}: {reason}: {values}. Mend the file"
             )
-        found = db.sql(f'select * from {name} order by ":file", ":row"').to_arrow_table().select(columns)
+        found = db.sql(f"select * from {name} order by file, row").to_arrow_table()
+        found = found.select(_numbered(columns)).rename_columns(columns)
     for absent in set(names) - set(found.column_names):
         found = found.append_column(absent, pa.nulls(len(found), UTC if absent == "created_at" else pa.string()))
     return found.sort_by(key)
@@ -189,13 +209,15 @@ def _table(db: duckdb.DuckDBPyConnection, raw: str, name: str, table: TableConfi
 
 def _gather(
     db: duckdb.DuckDBPyConnection, name: str, table: TableConfig, files: list[File], required: tuple[str, ...]
-) -> list[str]:
-    """Tables NAME (file, row, the columns) and NAME_broken (file, row, reason, values), batch by batch.
+) -> tuple[list[str], int]:
+    """Tables NAME (file, row, c0, c1, …) and NAME_broken (file, row, reason, given), batch by batch.
 
-    Returns the columns: the canonical ones that are there, then the features.
+    Returns the columns, the canonical ones that are there, then the features; and the rows of all files. The columns
+    have numbers in the database: whatever their names are, none is that of another column there.
     """
     columns: list[str] = []
-    db.execute(f'create table {name}_broken (":file" varchar, ":row" bigint, ":reason" varchar, "values" varchar)')
+    rows, made = 0, False
+    db.execute(f"create table {name}_broken (file varchar, row bigint, reason varchar, given varchar)")
     for at, file in enumerate(files):
         theirs = _theirs(name, table, file, required)
         if columns and columns != list(theirs):
@@ -204,20 +226,21 @@ def _gather(
                 "give all files of a table the same columns"
             )
         columns = list(theirs)
-        named = ", ".join(f"{_name(f':{column}')} as {_name(column)}" for column in columns)
-        values = ", ".join(f"{_name(given)} := {_name(given)}" for given in dict.fromkeys(theirs.values()))
+        numbered = ", ".join(_numbered(columns))
+        given = ", ".join(f"{_name(column)} := {_name(column)}" for column in dict.fromkeys(theirs.values()))
         torn: list[str] = []
-        row, made = 0, at > 0
+        row = 0
         for batch in file.batches(list(dict.fromkeys(theirs.values())), torn):
-            staged = _staged(batch.schema, theirs, table, f"ingest.files.{name}: {file.name}")
+            values, reason = _staged(batch.schema, theirs, table, f"ingest.files.{name}: {file.name}")
             db.register("batch", pa.Table.from_batches([batch]))
             db.execute(
-                f'create temp view staged as select *, {row} + row_number() over () - 1 as ":row", {staged} from batch'
+                f"create temp view staged as select {at} as file, {row} + row_number() over () - 1 as row, "
+                f"{reason} as reason, struct_pack({given})::varchar as given, {values} from batch"
             )
-            whole = f'select {at} as ":file", ":row", {named} from staged where ":reason" is null'
+            whole = f"select file, row, {numbered} from staged where reason is null"
             db.execute(f"insert into {name} {whole}" if made else f"create table {name} as {whole}")
-            broken = f'select ?, ":row", ":reason", struct_pack({values})::varchar from staged'
-            db.execute(f'insert into {name}_broken {broken} where ":reason" is not null', [file.name])
+            broken = "select ?, row, reason, given from staged where reason is not null"
+            db.execute(f"insert into {name}_broken {broken}", [file.name])
             db.execute("drop view staged")
             db.unregister("batch")
             row, made = row + len(batch), True
@@ -225,7 +248,16 @@ def _gather(
             db.register("lines", pa.table({"line": torn}))
             db.execute(f"insert into {name}_broken select ?, null, 'line is torn', line from lines", [file.name])
             db.unregister("lines")
-    return columns
+        rows += row + len(torn)
+    if not made:
+        told = ", ".join(file.name for file in files)
+        raise ValueError(f"ingest.files.{name}: no row in {told}; mend ingest.files.{name}.path or the files")
+    return columns, rows
+
+
+def _numbered(columns: list[str], some: set[str] | None = None) -> list[str]:
+    """What the columns, or some of them, are called in the database."""
+    return [f"c{at}" for at, name in enumerate(columns) if some is None or name in some]
 
 
 def _theirs(name: str, table: TableConfig, file: File, required: tuple[str, ...]) -> dict[str, str]:
@@ -256,18 +288,17 @@ def _theirs(name: str, table: TableConfig, file: File, required: tuple[str, ...]
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
-def _staged(schema: pa.Schema, theirs: dict[str, str], table: TableConfig, where: str) -> str:
-    """SQL: each column as ":NAME" in its canonical type, and as ":reason" why a row is broken, or null."""
+def _staged(schema: pa.Schema, theirs: dict[str, str], table: TableConfig, where: str) -> tuple[str, str]:
+    """SQL: each column in its canonical type, by its number; and why a row is broken, or null."""
     values, reasons = [], []
-    for ours, given in theirs.items():
+    for at, (ours, given) in enumerate(theirs.items()):
         kind = schema.field(given).type
         if pa.types.is_nested(kind) and ours != "tags":
             raise ValueError(f"{where}: column {given!r} is {kind}; a list can be the tags of the items alone")
-        value, reason = _value(_name(given), kind, ours, ours in table.numeric)
-        values.append(f"{value} as {_name(f':{ours}')}")
+        value, reason = _value(f"batch.{_name(given)}", kind, ours, ours in table.numeric)
+        values.append(f"{value} as c{at}")
         reasons += [f"when {broken} then {_text(f'{given} is {told}')}" for told, broken in reason.items()]
-    told = f"case {' '.join(reasons)} end" if reasons else "null::varchar"
-    return ", ".join(values) + f', {told} as ":reason"'
+    return ", ".join(values), f"case {' '.join(reasons)} end" if reasons else "null::varchar"
 
 
 def _name(column: str) -> str:
@@ -288,8 +319,14 @@ def _value(column: str, kind: pa.DataType, ours: str, numeric: bool) -> tuple[st
         return f"if(isfinite({number}), {bucket}, null)", {"no number": f"{given} is not null and {number} is null"}
     match ours:
         case "user_id" | "item_id":
-            value = f"try_cast({given} as bigint)"
-            return value, {"missing": f"{given} is null", "no whole number of 64 bits": f"{value} is null"}
+            value = f"try_cast({given} as bigint)"  # it rounds, so that 7.5 would be another's id
+            whole = f"regexp_full_match({given}, '{WHOLE}')" if text else f"{value} = {given}"
+            wrong = {"missing": f"{given} is null"}
+            wrong["no whole number of 64 bits"] = f"{value} is null or not {whole}"
+            if pa.types.is_floating(kind):
+                most = 2 ** (np.finfo(kind.to_pandas_dtype()).nmant + 1)
+                wrong["a float too large to be exact"] = f"abs({given}) >= {most}"
+            return value, wrong
         case "label":
             value = f"coalesce({number}, try_cast({given}::varchar as boolean)::double)"  # false and true will do
             wrong = {"missing": f"{given} is null", "neither 0 nor 1": f"{value} is null or {value} not in (0, 1)"}
@@ -306,19 +343,27 @@ def _value(column: str, kind: pa.DataType, ours: str, numeric: bool) -> tuple[st
 
 
 def _time(given: str, kind: pa.DataType, text: bool) -> tuple[str, dict[str, str]]:
-    """A timestamp with a zone, an ISO text with one, or whole seconds since 1970."""
-    seconds = f"make_timestamptz(try_cast({given} as bigint) * 1000000)"
+    """A timestamp with a zone, an ISO text with one, or seconds since 1970."""
+    value = f"try_cast({given} as timestamptz)"
+    told = {}
     if pa.types.is_timestamp(kind):
-        naive = "true" if kind.tz is None else "false"
-        return f"{given}::timestamptz", {"a time without a zone": f"{given} is not null and {naive}"}
-    if not text:
-        return seconds, {"no time": f"{given} is not null and {seconds} is null"}
-    zoned = f"regexp_matches({given}, '{ZONE}')"
-    value = f"if(try_cast({given} as bigint) is null, try_cast({given} as timestamptz), {seconds})"
-    return value, {
-        "no time": f"{given} is not null and {value} is null",
-        "a time without a zone": f"{given} is not null and try_cast({given} as bigint) is null and not {zoned}",
-    }
+        told["a time without a zone"] = "true" if kind.tz is None else "false"
+    else:
+        number = f"try_cast({given} as double)"
+        seconds = f"{number} >= {SECONDS[0]} and {number} < {SECONDS[1]}"
+        time = f"if({seconds}, make_timestamptz(round({number} * 1000000)::bigint), null)"
+        if pa.types.is_floating(kind) and kind.bit_width < 64:
+            told["a float of too few bits for a time"] = "true"
+        told["too large for seconds since 1970: write seconds, not milliseconds"] = f"not ({seconds})"
+        if text:
+            value = f"if({number} is null, {value}, {time})"
+            told["a time without a zone"] = (
+                f"{value} is not null and {number} is null and not regexp_matches({given}, '{ZONE}')"
+            )
+        else:
+            value = time
+    told["no time"] = f"not coalesce({value} between {TIMES}, false)"
+    return value, {name: f"{given} is not null and {broken}" for name, broken in told.items()}
 
 
 # ---- files ------------------------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def read(config: IngestConfig) -> RawTables:
         users=pa.table({"user_id": pc.unique(events["user_id"])}).sort_by("user_id"),
         items=items,
         modalities=modalities,
+        read=sum(pq.read_metadata(file).num_rows for file in files.values()),
         histories=histories,
         set_aside=aside,
         facts={"history_items_given": given, "history_items_stored": len(histories)},

@@ -33,7 +33,7 @@ def read(config: IngestConfig) -> RawTables:
     """Events, users (gender, age, occupation), items (decade; genres as tags), text and image."""
     raw = Path(config.raw)
     ratings = _table(raw, "ratings.dat", ["user_id", "item_id", "rating", "seconds"], pa.int64())
-    neutral = pc.equal(ratings["rating"], NEUTRAL_RATING)
+    neutral = pc.equal(ratings["rating"], NEUTRAL_RATING).fill_null(False)  # no rating is no label, which ingest tells
     kept, aside = ratings.filter(pc.invert(neutral)), ratings.filter(neutral)
     events = pa.table(
         {
@@ -78,6 +78,7 @@ def read(config: IngestConfig) -> RawTables:
         ).filter(pc.is_in(users["user_id"].cast(pa.int64()), value_set=pc.unique(events["user_id"]))),
         items=items.sort_by("item_id"),
         modalities={"image": read_parquet(images)} if images.is_file() else {},
+        read=len(ratings),
         set_aside={f"rating of {NEUTRAL_RATING}": aside},
     )
 

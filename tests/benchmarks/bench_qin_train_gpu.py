@@ -1,8 +1,7 @@
 """Rows a second of QIN's training on one GPU: published configuration, batch 8192, 3.6M rows on the device.
 
-Through the trainer's own step: rows gathered on the device, bfloat16 autocast, torch.compile with CUDA graphs, fused
-Adam on the whole tables. The peer is the same step in eager float32. Needs CUDA; `--device cpu --rows 4096 --batch 64
---steps 1` runs the same code anywhere, to see that it works.
+Whole epochs of the trainer's own, compiled steps in bfloat16 that are replayed as one CUDA graph. The peer is the
+published form in eager float32 (products in TF32), on the same device and batches. Needs CUDA.
 """
 
 from __future__ import annotations

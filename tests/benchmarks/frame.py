@@ -66,12 +66,14 @@ def run(
 ) -> tuple[Ranker, dict[str, Any]]:
     """Train as the stage does, early stopping on the valid days. Returns the best epoch's model and its figures."""
     torch.manual_seed(config.seed)
-    model = make(data.schema)
-    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):  # the run's state, which is of no use later
+    torch._dynamo.reset()  # it compiles the same code for a few models only, and then no more
+    model = make(data.schema).to(config.device)
+    with tempfile.TemporaryDirectory() as scratch:  # of the run's state, which is of no use later
+        train.SCRATCH = Path(scratch)
         began = time.perf_counter()
         state, pass_seconds = train.fit(config, model, data, "cold", name, Ranks())
         spent = time.perf_counter() - began
-    model.load_state_dict(state.best)
+    model.to("cpu").load_state_dict(state.best)
     first, last = data.splits["train"]
     return model, {
         "seed": config.seed,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from harness import machine, report, seconds
+from harness import report, seconds
 from torch import Tensor
 from worlds import Published, Training, criteo, microlens
 
@@ -43,6 +43,5 @@ def compare(name: str, preset: str, *, rows: int, batch: int, lr: float, embeddi
         assert torch.stack(losses).isfinite().all()
 
     epoch_seconds, steps_seconds = seconds(own.epoch, steps, rounds=3)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
     peer = min(asked.steps * asked.batch, asked.rows) / steps_seconds
-    report(name, asked.rows / epoch_seconds, "rows/s", "published form, fp32", peer, where)
+    report(name, asked.rows / epoch_seconds, "rows/s", "published form, fp32", peer, asked.device)

@@ -36,7 +36,7 @@ def seconds(*runs: Callable[[], object], rounds: int = 5) -> list[float]:
     return [statistics.median(own) for own in found]
 
 
-def report(name: str, value: float, unit: str, peer: str, peer_value: float, device: str | None = None) -> None:
+def report(name: str, value: float, unit: str, peer: str, peer_value: float, device: str = "cpu") -> None:
     """The line of a benchmark; `ratio` is value / peer_value."""
     line = {
         "name": name,
@@ -45,12 +45,17 @@ def report(name: str, value: float, unit: str, peer: str, peer_value: float, dev
         "peer": peer,
         "peer_value": _rounded(peer_value),
         "ratio": _rounded(value / peer_value),
-        "machine": device or machine(),
+        "machine": machine(device),
     }
     print(json.dumps(line), flush=True)
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
+    """Where a figure was measured: the CPU and its threads, or the name of a CUDA device."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
     used = os.environ.get("OMP_NUM_THREADS", "all")
     return f"{_processor()}, {used} of {os.cpu_count()} cores, Python {platform.python_version()}"
 

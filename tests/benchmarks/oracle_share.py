@@ -4,7 +4,7 @@ The oracle scores with the true click probability: it knows today's fashion and 
 no log tells. The first table shows what that is worth: the shares of scorers who know the truth of the training days,
 every item and all else, without noise; and, last, of one who must estimate each user from clicks and refusals.
 
-    python tests/benchmarks/oracle_share.py                                     # 3.6M impressions, both models
+    python tests/benchmarks/oracle_share.py --device cuda --seed 1 2 3          # 3.6M impressions, both models
     python tests/benchmarks/oracle_share.py --impressions 300000 --model qin    # a small one
 
 Users and items grow with the impressions: 1,200 impressions a user, 2,400 an item. Ten days: eight train, one
@@ -19,6 +19,7 @@ import argparse
 import tempfile
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from components.dataset import Dataset, DatasetConfig
 from components.features import FeaturesConfig
 from components.ingest import IngestConfig
 from components.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
-from components.train import TrainConfig
+from components.train import PRECISIONS, TrainConfig
 from models import registry
 
 A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items
@@ -42,8 +43,17 @@ DAYS = 10
 SAMPLE, HALF_LIFE, STEPS = 300, 4, 80  # users, days and steps of the estimate of interests
 HISTORY = {"qin": 64, "sdcnv3": 128}  # newest clicks that a model reads
 # What differs from params.yaml, chosen by the AUC of the valid day.
-SHARED = {"batch_size": 2048, "max_epochs": 3, "lr": 0.002, "embedding_l2": 1e-5, "ema": 0.999}
-NETWORK: dict[str, dict[str, Any]] = {"qin": {"exclude": []}, "sdcnv3": {}}
+SHARED = {"max_epochs": 6, "ema": 0.999}
+OWN: dict[str, dict[str, Any]] = {
+    "qin": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-4},
+    "sdcnv3": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-5},
+}
+PRESET = {"qin": "qin/microlens", "sdcnv3": "sdcnv3/criteo"}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qin": {"batch_size": 8192, "lr": 0.002, "embedding_l2": 1e-5},
+    "sdcnv3": {"batch_size": 4096, "lr": 0.001, "embedding_l2": 1e-5},
+}
+NETWORK: dict[str, dict[str, Any]] = {"qin": {"layers": 3, "rows": 3, "exclude": []}, "sdcnv3": {"dim": 32}}
 
 
 def main() -> None:
@@ -53,7 +63,12 @@ def main() -> None:
     parser.add_argument(
         "--sharpness", type=float, default=8.0, help="how much interests decide; the demo's world has 4"
     )
-    parser.add_argument("--seed", type=int, default=7, help="of the models; the world's stays 7")
+    parser.add_argument("--seed", nargs="+", type=int, default=[7], help="of the models; the world's stays 7")
+    parser.add_argument("--device", default="cpu", help="on cuda steps are compiled")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
+    parser.add_argument(
+        "--published", action="store_true", help="the published networks of QIN (MicroLens) and SDCNv3 (Criteo)"
+    )
     asked = parser.parse_args()
 
     source = world(asked.impressions, asked.sharpness)
@@ -62,22 +77,29 @@ def main() -> None:
         known.add_row(what, f"{share:.1%}")
     Console(width=120).print(known)
     table = Table(title="Share of the oracle")
-    for heading in ("model", "trained on", "valid share", "test share", "test AUC", "oracle", "epochs", "seconds"):
+    headings = "model", "seed", "trained on", "valid share", "test share", "test AUC", "oracle", "epochs", "seconds"
+    for heading in headings:
         table.add_column(heading)
     with tempfile.TemporaryDirectory() as scratch:
         data = build(source, *frame(), Path(scratch))
-        for name in asked.model:
-            config = settings(f"train.{name}", TrainConfig, seed=asked.seed, device="cpu", **SHARED)
-            config = replace(config, network=config.network | NETWORK[name])
+        for name, precision, seed in product(asked.model, asked.precision, asked.seed):
+            config = settings(f"train.{name}", TrainConfig, **SHARED, **(PUBLISHED if asked.published else OWN)[name])
+            network = registry.PRESETS[PRESET[name]] if asked.published else config.network | NETWORK[name]
+            compiled = asked.device != "cpu"
+            config = replace(
+                config, network=network, seed=seed, device=asked.device, precision=precision, compile=compiled
+            )
             own = with_history(data, HISTORY[name])
-            network = partial(registry.build, name, config.network)
-            _, chosen = run(name, network, config, own)
-            _, found = run(name, network, replace(config, max_epochs=chosen["best_epoch"]), with_valid_day(own))
+            make = partial(registry.build, name, network)
+            _, chosen = run(name, make, config, own)
+            _, found = run(name, make, replace(config, max_epochs=chosen["best_epoch"]), with_valid_day(own))
             for days, figures in ((DAYS - 2, chosen), (DAYS - 1, without_valid(found))):
                 said = {"model": name, "days": days, "impressions": asked.impressions, "sharpness": asked.sharpness}
-                say(said | figures | {"machine": machine()})
+                said |= {"precision": precision, "published": asked.published}
+                say(said | figures | {"machine": machine(asked.device)})
                 table.add_row(
-                    name, f"{days} days", f"{figures['valid_share']:.1%}" if "valid_share" in figures else "",
+                    f"{name} {precision}", f"{seed}", f"{days} days",
+                    f"{figures['valid_share']:.1%}" if "valid_share" in figures else "",
                     f"{figures['test_share']:.1%}", f"{figures['test_auc']:.4f}",
                     f"{figures['test_oracle']:.4f}", f"{figures['best_epoch']}", f"{figures['seconds']:.0f}",
                 )  # fmt: skip

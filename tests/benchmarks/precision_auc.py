@@ -25,11 +25,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--dataset", type=Path, default=ROOT / "data/dataset")
     options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("--device", default="auto")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = options.parse_args()
     for family in ("qin", "sdcnv3"):
         found = {precision: best_auc(asked, family, precision) for precision in ("bf16", "fp32")}
-        report(f"{family}_bf16_auc", found["bf16"], "valid AUC", "fp32", found["fp32"])
+        report(f"{family}_bf16_auc", found["bf16"], "valid AUC", "fp32", found["fp32"], asked.device)
 
 
 def best_auc(asked: argparse.Namespace, family: str, precision: str) -> float:
@@ -38,8 +38,7 @@ def best_auc(asked: argparse.Namespace, family: str, precision: str) -> float:
     config = load(ROOT / "params.yaml", f"train.{family}", train.TrainConfig)
     config = replace(config, precision=precision, max_epochs=asked.epochs, device=asked.device)
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if asked.device == "auto" and torch.cuda.is_available() else "cpu")
-    model = build(family, config.network, data.schema).to(device)
+    model = build(family, config.network, data.schema).to(asked.device)
     with tempfile.TemporaryDirectory() as scratch:
         train.SCRATCH = Path(scratch)
         state, _ = train.fit(config, model, data, "", family, Ranks())

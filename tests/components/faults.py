@@ -34,6 +34,7 @@ DAYS, ROWS, HOUR = 14, 600, 3_600_000_000
 SIZES = {"days": DAYS, "users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}
 CONFIG = replace(SIMULATOR, **SIZES, new_share=0.3, noise=0.3)
 UNTIL = "2024-03-15T06:00:00+00:00"  # six hours after the last of the days
+FUTURE = 4_070_908_800_000_000  # 2099
 RULES = ValidateConfig(
     label_rate=(0.01, 0.95), max_age_hours=36, trailing_days=7, spreads=5.0, min_day_rows=200, max_missing_share=0.5
 )
@@ -366,8 +367,14 @@ FAULTS = [
     # ranges
     Fault("milliseconds read as microseconds", "stop events.timestamp",
           cells("timestamp", some(5), lambda t: t["timestamp"].cast(pa.int64()).to_numpy() // 1000)),
-    Fault("times lie in the future", "stop events.timestamp", also=("stop events.is_in_its_day",),
-          folder=rewrite(part(NEWEST), lambda t: put(t, "timestamp", some(5)(t), 4_070_908_800_000_000))),
+    Fault("times lie in the future", "quarantine happens after it arrived", cells("timestamp", some(9), FUTURE)),
+    Fault("times without arrivals lie in the future", "quarantine later than tomorrow",
+          events(lambda t: put(t, "timestamp", some(9)(t), FUTURE).drop_columns(ARRIVAL))),
+    Fault("arrivals lie in the future", "quarantine later than tomorrow", cells(ARRIVAL, some(9), FUTURE)),
+    Fault("a third of a day lies in the future", "stop ingest: planted: 177 of 8400 rows are broken",
+          cells("timestamp", on(NEWEST, 0.3), FUTURE)),
+    Fault("times after until come past ingest", "stop events.timestamp", also=("stop events.is_in_its_day",),
+          folder=rewrite(part(NEWEST), lambda t: put(t, "timestamp", some(5)(t), FUTURE))),
     Fault("a probability of 1.5", "stop events.true_probability", cells("true_probability", some(3), 1.5)),
     Fault("rows lie in another day's partition", "stop events.is_in_its_day",
           folder=rewrite(part(MIDDLE), lambda t: put(
@@ -447,7 +454,12 @@ FAULTS = [
           raw=values("image", lambda v, _: [0.0] * len(v), slice(0, None, 5))),
     Fault("a vector of an unknown item", "stop modality image.item_is_known",
           vectors("image", lambda t: put(t, "item_id", some(1)(t), 4))),
-    Fault("new vectors' norms collapse", "stop new items text.norm", new_vectors("text", lambda x, _: x * 1e-3)),
+    Fault("a few vectors are a million times as long", "stop modality text.off",
+          values("text", lambda v, _: [1e6 * x for x in v])),
+    Fault("a few vectors are next to nothing", "warn modality image.off",
+          values("image", lambda v, _: [1e-6 * x for x in v])),
+    Fault("new vectors' norms collapse", "stop new items text.norm", new_vectors("text", lambda x, _: x * 1e-3),
+          also=("warn modality text.off",)),
     Fault("all vectors are one", "stop coverage image.alike",
           vectors("image", lambda t: vector_table(t["item_id"], 1 + 1e-3 * matrix(t)))),
     Fault("new vectors drift", "stop new items text.direction",

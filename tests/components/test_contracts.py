@@ -99,6 +99,7 @@ def test_a_missing_column(column: str) -> None:
         ("timestamp", [1, 2, 3], pa.int64(), "column 'timestamp' is int64; it must be timestamp[us, tz=UTC]"),
         ("timestamp", [NOON.replace(tzinfo=None)] * 3, pa.timestamp("us"), "has times without a zone (timestamp[us])"),
         ("timestamp", [1, 2, 3], pa.timestamp("ns", tz="UTC"), "does not fit timestamp[us, tz=UTC]"),
+        ("timestamp", [0, None, 253_402_300_800], pa.timestamp("s", tz="UTC"), "'timestamp' has times beyond the year"),
     ],
 )
 def test_a_column_of_another_kind(column: str, values: list, kind: pa.DataType, told: str) -> None:

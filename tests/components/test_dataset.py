@@ -217,7 +217,7 @@ def test_a_late_correction_changes_no_byte_of_yesterdays_dataset(tmp_path: Path)
         return events.append_column(ARRIVAL, pa.array(np.broadcast_to(arrival, len(moment))[rows]).cast(UTC))
 
     late = np.arange(len(moment)) % 11 == 0
-    early = delivery(~late, np.minimum(moment + 500_000, until - 1), flip=False)
+    early = delivery(~late, moment + 500_000, flip=False)
     later = [
         delivery(late, until, flip=False),
         delivery(~late & (np.arange(len(moment)) % 3 == 0), until + 5, flip=True),

@@ -148,6 +148,26 @@ def test_the_fit_knows_training_items_only(embedded: Path, raw: RawTables, tmp_p
         assert (versions[0] == versions[1]) is not others_move
 
 
+def test_a_modality_that_training_never_shows_tells_the_fit_nothing(raw: RawTables, tmp_path: Path) -> None:
+    """Images come with the newest items: their own vectors alone know of them."""
+    shown, image = shown_in_training(raw), raw.modalities["image"]
+    later = image.filter(pa.array([item not in shown for item in image["item_id"].to_pylist()]))
+    moved = with_column(later, "vector", [[3 * x + 1 for x in vector] for vector in later["vector"].to_pylist()])
+    found = [
+        run(replace(raw, modalities=raw.modalities | {"image": table}), tmp_path / name, replace(CONFIG, dim=4))
+        for name, table in {"given": later, "moved": moved}.items()
+    ]
+    assert len({(folder / "fit.safetensors").read_bytes() for folder in found}) == 1
+    fit = load_file(found[0] / "fit.safetensors")
+    assert set(fit["image.mean"]) == {0} and set(fit["image.std"]) == {1}
+    given, changed = map(vectors, found)
+    for item, vector in given.items():
+        if item not in later["item_id"].to_pylist():
+            np.testing.assert_array_equal(vector, changed[item])
+        else:
+            assert vector is not None and np.isfinite(vector).all()
+
+
 def test_later_events_and_items_change_no_fit(embedded: Path, raw: RawTables, tmp_path: Path) -> None:
     """The items that later days show are no part of the fit, however often they are shown."""
     day = np.array([f"{t:%Y-%m-%d}" for t in raw.events["timestamp"].to_pylist()])

@@ -1,15 +1,21 @@
-"""Every fault of the corpus is caught by its rule and by no other; thirty clean days raise nothing."""
+"""Every fault of the corpus is caught by its rule and by no other; thirty clean days raise nothing, and neither do
+thirty with weekends."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from components import ingest, validate
-from tests.components.faults import CONFIG, DAYS, FAULTS, RULES, Corpus, Fault, right, table_of_faults
-from tests.components.small_world import PROJECT, ingest_config
+from components.contracts import Canonical
+from components.frames import figure_frame, recent_days
+from components.sources import simulator
+from tests.components.faults import CONFIG, DAYS, FAULTS, RULES, Corpus, Fault, day_of, right, table_of_faults
+from tests.components.small_world import PROJECT, ingest_config, ingest_tables
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +56,24 @@ def test_thirty_clean_days_raise_nothing(tmp_path: Path) -> None:
         assert [validate.describe(rule) for rule in report["rules"] if not rule["passed"]] == []
         assert report["rows"]["events"] == last * world.impressions_per_day
         assert report["rows"]["figures"] > 0 or last < DAYS
+
+
+def test_a_week_has_its_rhythm(tmp_path: Path) -> None:
+    """Weekends with three tenths of the rows are usual once three are there, and a fall to a fifth of that is not."""
+    raw = simulator.read(replace(ingest_config(), simulator=replace(CONFIG, days=30, seed=11)))
+    day, chance = day_of(raw.events), np.random.default_rng(0).random(len(raw.events))
+    kept = (chance < 0.3) | ~np.isin(day % 7, (1, 2))  # the first is a Friday
+
+    def off(name: str, kept: np.ndarray) -> set[tuple[str, int]]:
+        """Figures that are not usual, with the day of March."""
+        ingest_tables(replace(raw, events=raw.events.filter(pa.array(kept))), tmp_path / name)
+        data = Canonical(tmp_path / name)
+        frame = figure_frame(recent_days(data, RULES, None), data, RULES)
+        assert len(frame["day"].unique()) == 7
+        frame = frame[frame["off"].abs() > 1]
+        return {(figure, at.day) for figure, at in zip(frame["figure"], frame["day"], strict=True)}
+
+    assert off("rhythm", kept) == set()
+    assert ("volume", 27) in off("a Wednesday", kept & ((day != 26) | (chance < 0.2)))
+    assert ("volume", 30) in off("a Saturday", kept & ((day != 29) | (chance < 0.06)))
+    assert off("two weeks", kept & (day < 14)) == {("volume", 9), ("volume", 10)}  # as yet a fall like any other

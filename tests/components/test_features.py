@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components import features
-from components.artifacts import read_json
+from components.artifacts import folder_hash, read_json
 from components.contracts import ARRIVAL, Canonical
+from components.contracts import UTC as TIMESTAMP
 from components.features import FeaturesConfig, popularity_level
 from tests.components.small_world import (
     DAY,
@@ -33,6 +34,7 @@ from tests.components.small_world import (
     plain_rows,
     prepare,
     with_arrivals,
+    with_column,
 )
 
 Sources = dict[str, list[dict]]
@@ -185,6 +187,28 @@ def test_nothing_is_known_before_it_arrived(tmp_path: Path) -> None:
             past = [r for r in own if r["us"] <= moment]
             served = max(past, key=lambda r: r["us"], default={"views": 0, "clicks": 0})
             assert (served["views"], served["clicks"]) == (len(window), sum(window))
+
+
+@pytest.mark.parametrize("device", [None, "tv"], ids=["as they were", "with another context"])
+def test_days_delivered_again_change_no_source(device: str | None, tmp_path: Path) -> None:
+    """Nothing that is joined or served; so the training sets of the days between are what they were."""
+    raw = with_arrivals(hand_tables())
+    once = prepare(raw, tmp_path / "once")
+    before = Canonical(once.canonical).events()
+    day = (before["timestamp"].cast(pa.int64()).to_numpy() // 1_000_000 - START) // DAY
+    again = before.filter(pa.array((day == 2) | (day == 4))).select(raw.events.column_names)
+    came = pa.repeat(pa.scalar((START + 12 * DAY) * 1_000_000, pa.int64()), len(again)).cast(TIMESTAMP)
+    again = with_column(again, ARRIVAL, came)
+    if device:
+        again = with_column(again, "device", pa.repeat(device, len(again)))
+    twice = prepare(replace(raw, events=pa.concat_tables([again, raw.events])), tmp_path / "twice")
+    events = Canonical(twice.canonical).events()
+    assert events.drop_columns("device").equals(before.drop_columns("device"))
+    assert events["device"].equals(before["device"]) == (device is None)
+    for made in (once, twice):
+        (made.features / "sources").mkdir(parents=True)
+        features.write_sources(FEATURES, Canonical(made.canonical), made.embedding, made.features)
+    assert folder_hash(once.features) == folder_hash(twice.features)
 
 
 def test_users_without_attributes_are_known(prepared: Folders, tmp_path: Path) -> None:

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -267,3 +270,48 @@ def test_old_histories_are_forgotten_alike(served: Folders, tmp_path: Path, monk
     fetch = reader(short, monkeypatch)
     assert fetch(user)["history"] is None and fetch(user)["region"] is not None  # the profile lives on
     assert fetch(55)["history"] == [1]
+
+
+def test_what_left_the_sources_is_served_no_more(
+    served: Folders, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user whose only click was corrected away, one who left, and one who was pushed to alone; an item without its
+    vector, and one without its events."""
+    raw = hand_tables()
+    *_, unclicked, left = sorted({row.user for row in rows})
+    item, unseen = rows[0].item, rows[1].item
+    assert item != unseen
+    user, label = (raw.events[name].to_numpy() for name in ("user_id", "label"))
+    events = with_column(raw.events, "label", np.where(user == unclicked, 0, label), pa.int8())
+    events = events.filter(pa.array((user != left) & (raw.events["item_id"].to_numpy() != unseen)))
+    image = raw.modalities["image"]
+    fewer = replace(
+        raw,
+        events=events,
+        users=raw.users.filter(pc.not_equal(raw.users["user_id"], left)),
+        modalities={"image": image.filter(pc.not_equal(image["item_id"], item))},
+    )
+    views = ["user_profile:region", "user_history:history"]
+    items = ["item_popularity:views", "item_embedding:embedding"]
+
+    def found(folders: Folders) -> tuple[dict[str, list], dict[str, list]]:
+        with features.feature_store(folders.repo) as store:
+            return (
+                store.get_online_features(views, [{"user_id": user} for user in (unclicked, left, 6001)]).to_dict(),
+                store.get_online_features(items, [{"item_id": item} for item in (item, unseen)]).to_dict(),
+            )
+
+    features.run(FEATURES, served.canonical, served.report, served.embedding, served.repo, served.features)
+    with features.feature_store(served.repo) as store:
+        push.push(store, [Click(6001, 1, datetime(2024, 4, 1, tzinfo=UTC))], FEATURES.history_length)
+    users, of_items = found(served)
+    assert None not in users["history"] and None not in of_items["views"] and None not in of_items["embedding"]
+    made = prepare(fewer, tmp_path)
+    if not (served.features / "online.db").exists():
+        use_redis(made.repo)
+    features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+    after, of_items_after = found(made)
+    assert after["history"] == [None] * 3
+    assert after["region"] == [users["region"][0], None, None]
+    assert of_items_after["views"][0] is not None and of_items_after["views"][1] is None
+    assert of_items_after["embedding"][0] is None and of_items_after["embedding"][1] is not None

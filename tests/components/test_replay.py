@@ -14,11 +14,24 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from components import features, replay
+from components import embed, features, ingest, replay
 from components.__main__ import main
+from components.artifacts import folder_hash, write_json
 from components.contracts import ARRIVAL, Canonical
 from components.contracts import UTC as TIMESTAMP
-from tests.components.small_world import DAY, FEATURES, Folders, hand_tables, prepare, with_arrivals
+from components.embed import EmbedConfig
+from tests.components.small_world import (
+    DAY,
+    FEATURES,
+    SPLIT,
+    Folders,
+    hand_tables,
+    ingest_config,
+    new_repo,
+    prepare,
+    with_arrivals,
+)
+from tests.components.test_sources_microlens import layout, write
 
 ROWS, SEED = 16, 3
 
@@ -50,14 +63,15 @@ def applied(folders: Folders) -> None:
 def test_a_true_world_has_no_mismatch(world: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     assert differ(world, rows=50) == set()
     told = capsys.readouterr().err
-    assert all(name in told for name in ("region", "views", "clicks", "history"))
+    assert all(name in told for name in ("region", "views", "clicks", "history", "embedding"))
     events = Canonical(world.canonical).events()
     known = replay._known_from(FEATURES, events)
     drawn = replay.draw(events, known, 50, SEED)
     found = replay.derive_offline(FEATURES, world.features, world.repo, drawn)
     lengths = [len(row["history"] or ()) for row in found]
     assert min(lengths) == 0 and max(lengths) == FEATURES.history_length  # there is something to compare
-    assert {row["views"] is None for row in found} == {True, False}
+    for name in ("views", "embedding"):
+        assert {row[name] is None for row in found} == {True, False}
 
 
 def ttl(view: str) -> Callable[[Folders], None]:
@@ -118,10 +132,40 @@ FAULTS: dict[str, tuple[Callable[[Folders], None], set[str]]] = {
     "a day early": (
         rewritten("item_popularity", lambda t: moved(t, "event_timestamp", -DAY * 1_000_000)), {"views", "clicks"}
     ),
+    "vectors known late": (
+        rewritten("item_embedding", lambda t: moved(t, "event_timestamp", 9 * DAY * 1_000_000)), {"embedding"}
+    ),
     "other attributes": (
         rewritten("user_profile", lambda t: t.set_column(1, "region", pa.repeat("west", len(t)))), {"region"}
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A source that gives the histories itself, some of them empty after longer ones."""
+    made = Folders(tmp_path_factory.mktemp("given"))
+    new_repo(made)
+    raw = write(layout(), made.root / "MicroLens_1M_x1")
+    ingest.run(ingest_config("microlens", str(raw), until=None), made.canonical)
+    write_json(made.report, {"passed": True, "canonical_sha256": folder_hash(made.canonical)})
+    config = EmbedConfig(dim=16, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
+    embed.run(config, SPLIT, made.canonical, made.report, made.embedding)
+    features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+    return made
+
+
+def test_given_histories_are_known_at_their_event(given: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The impressions drawn are those of few users, so that their histories come and go."""
+    events = Canonical(given.canonical).events()
+    events = events.filter(pc.is_in(events["user_id"], pa.array([4, 5, 6]))).select(["user_id", "item_id", "timestamp"])
+    drawn = events.rename_columns(["user_id", "item_id", "event_timestamp"]).slice(0, 20)
+    lengths = [len(row["history"] or ()) for row in replay.derive_offline(FEATURES, given.features, given.repo, drawn)]
+    assert min(lengths) == 0 and max(lengths) > 1
+    monkeypatch.setattr(replay, "draw", lambda *_: drawn)
+    assert differ(given) == set()
+    rewritten("user_clicks", lambda t: moved(t, "event_timestamp", 1_000_000))(given)
+    assert differ(given) == {"history"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -237,7 +237,7 @@ def test_movielens(packed: bool, movielens: Callable[..., Path]) -> None:
         978300760, 978300760, 978300762, 978387162,
     ]  # fmt: skip
     assert data.days() == ["2000-12-31", "2001-01-01"]
-    assert facts["rows"] == {"read": 6, "written": 4, "left_out": {"rating of 3": 2}}
+    assert facts["rows"] == {"read": 6, "later": 0, "written": 4, "left_out": {"rating of 3": 2}}
     aside = pq.read_table(data.root / "quarantine" / "0-rating-of-3.parquet").to_pylist()
     assert [(row["user_id"], row["item_id"], row["rating"]) for row in aside] == [(1, 10, 3), (4, 20, 3)]
     assert facts["label_rate"] == 0.5
@@ -297,6 +297,12 @@ def test_movielens_without_a_file(name: str, movielens: Callable[..., Path]) -> 
 def test_movielens_with_a_broken_line(contents: dict[str, str], told: str, movielens: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=told):
         ingested(movielens(**contents))
+
+
+def test_movielens_without_a_rating(movielens: Callable[..., Path]) -> None:
+    """Such a row is neither 3 nor another number, and told all the same."""
+    with pytest.raises(ValueError, match=r"movielens: 1 of 7 rows are broken.*label is not 0 or 1: 1, e\.g\. .*'4'"):
+        ingested(movielens(ratings=RATINGS + "4::30::::978300760\n"))
 
 
 def test_movielens_with_a_file_cut_short(movielens: Callable[..., Path]) -> None:

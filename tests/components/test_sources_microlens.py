@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,8 @@ def test_test_rows_without_labels_are_set_aside(folders: Folders, given: Layout)
     assert rows["item_id"].to_pylist() == given["test"]["item_id"].to_pylist()
     assert set(rows["reason"].to_pylist()) == {"test has no label"}
     assert Canonical(folders.canonical).events().num_rows == ROWS["train"] + ROWS["valid"]
+    told = json.loads((folders.canonical / "source.json").read_text())["rows"]
+    assert told["read"] == sum(ROWS.values()) and told["left_out"] == {"test has no label": ROWS["test"]}
 
 
 def test_the_server_reads_the_newest_history(folders: Folders, given: Layout) -> None:

@@ -20,15 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from components import embed, features, frames, rules, validate
+from components import embed, features, frames, ingest, rules, validate
 from components.artifacts import write_json
-from components.contracts import Canonical
-from components.sources import simulator
+from components.contracts import HISTORIES, HISTORY, Canonical
+from components.sources import RawTables, simulator
 from components.splits import SplitConfig
 from components.validate import ValidateConfig
 from tests.components.small_world import (
     PROJECT,
-    UNTIL,
     VALIDATE,
     ingest_config,
     ingest_simulator,
@@ -91,7 +90,7 @@ class Planter:
     def day(self, day: str, change: Callable[[pa.Table], pa.Table]) -> None:
         self.edit(f"events/day={day}/part-0.parquet", change)
 
-    def until(self, until: str) -> None:
+    def until(self, until: str | None) -> None:
         facts = json.loads((self.root / "source.json").read_text())
         write_json(self.root / "source.json", facts | {"until": until})
 
@@ -324,6 +323,77 @@ def test_the_judged_days(clean: Path) -> None:
     assert frames.figure_frame(frames.recent_days(data, config, until), data, config).empty
 
 
+@pytest.mark.parametrize("hour", [6, 12])
+def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at `until`, nor, where that is null, now."""
+    now = datetime(2024, 3, 8, hour, tzinfo=ZONE)
+    facts = ingest.run(ingest_config(until=now.isoformat()), tmp_path / "canonical")
+    assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
+    found = judged(tmp_path / "canonical")
+    assert (found.error, found.broken) == ("", set())
+    assert found.report["not_judged"] == ["days: 2024-03-08 is not over"]
+    assert found.report["rows"]["events"] == facts["impressions"]  # its rows are, one by one
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return now
+
+    monkeypatch.setattr(frames, "datetime", Clock)
+    Planter(tmp_path / "canonical").until(None)
+    found = judged(tmp_path / "canonical")
+    assert (found.error, found.broken) == ("", set())
+    assert found.report["not_judged"] == ["freshness: ingest.until is null", "days: 2024-03-08 is not over"]
+
+
+def test_a_first_day_that_is_not_over(tmp_path: Path) -> None:
+    ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00"), tmp_path / "canonical")
+    found = judged(tmp_path / "canonical")
+    assert found.error == "" and "days: 2024-03-01 is not over" in found.report["not_judged"]
+
+
+def jumping() -> RawTables:
+    """Users come one after the other, until on the last day all are there, and clicks are as likely as not."""
+    raw = simulator.read(ingest_config())
+    last = np.arange(len(raw.events)) >= 7 * 400
+    rng = np.random.default_rng(0)
+    user, label = (raw.events[name].to_numpy() for name in ("user_id", "label"))
+    user = np.where(last, user, np.sort(user))
+    label = np.where(last, rng.random(len(last)) < 0.6, label)
+    return replace(raw, events=with_column(with_column(raw.events, "user_id", user), "label", label.astype(np.int8)))
+
+
+def timeless(raw: RawTables) -> RawTables:
+    """The same as of a source whose times are an order and no more."""
+    events = raw.events
+    for name in HISTORY:
+        events = events.append_column(name, pa.repeat(pa.scalar(0, pa.int64()), len(events)))
+    return replace(raw, events=events, histories=HISTORIES.empty_table())
+
+
+def test_days_are_held_to_each_other_where_there_are_days(tmp_path: Path) -> None:
+    ingest_tables(jumping(), tmp_path / "timed")
+    assert judged(tmp_path / "timed").broken == {
+        "figures.label_rate: column_values_to_be_between",
+        "figures.returning: column_values_to_be_between",
+    }
+    ingest_tables(timeless(jumping()), tmp_path / "timeless")
+    found = judged(tmp_path / "timeless")
+    assert (found.error, found.broken) == ("", set())
+    assert "figures: no day has days before it that tell what is usual" in found.report["not_judged"]
+    assert found.report["rows"]["days"] == 1  # of all rows, for its share of clicks and what tells them
+
+
+def test_what_tells_the_label_of_a_timeless_source(tmp_path: Path) -> None:
+    raw = timeless(jumping())
+    position = np.where(np.random.default_rng(1).random(len(raw.events)) < 0.05, 0, raw.events["label"].to_numpy())
+    events = raw.events.append_column("position", pa.array(position).cast(pa.string()))
+    ingest_tables(replace(raw, events=events), tmp_path / "canonical")
+    assert judged(tmp_path / "canonical").broken == {"columns.tells_label: column_values_to_be_between"}
+    ingest_tables(replace(raw, events=with_column(raw.events, "label", [0] * len(events))), tmp_path / "none")
+    assert judged(tmp_path / "none").broken == {"days.label_rate: column_values_to_be_between"}
+
+
 def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
     data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=ZONE)
     frame = frames.figure_frame(frames.recent_days(data, VALIDATE, until), data, VALIDATE)
@@ -382,7 +452,7 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     vectors = [None if i % 5 == 0 else rng.normal(size=3 + (i == 7)).tolist() for i in range(20)]
     vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
     table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
-    frame = frames.vector_frame(table, pa.chunked_array([pa.array(range(19))]))
+    frame = frames.vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
     there = [i for i in range(20) if vectors[i] is not None]
     assert frame["item_id"].tolist() == there
     assert frame["item_is_known"].tolist() == [i < 19 for i in there]
@@ -390,7 +460,12 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     assert frame["non_finite_values"].tolist() == [2 if i == 4 else 0 for i in there]
     norms = [np.linalg.norm([v for v in vectors[i] if np.isfinite(v)]) for i in there]
     assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
-    assert frames.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])])).empty
+    log = np.log([norm or np.nan for norm in norms])
+    away = log - np.nanmedian(log)
+    allowed = np.log(4) + 5 * frames.SIGMA * np.nanmedian(np.abs(away))
+    assert frame["off"].to_numpy() == pytest.approx(away / allowed, abs=1e-6, nan_ok=True)
+    assert frame["off"].isna().tolist() == [i == 3 for i in there]  # of zeros there is no logarithm
+    assert frames.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
 
 
 # ---- what may go on ---------------------------------------------------------------------------------------------
@@ -502,15 +577,15 @@ def test_a_quarantine_is_told_and_stops_nothing(tmp_path: Path, caplog: pytest.L
     labels = raw.events["label"].to_numpy().copy()
     labels[[5, 700]] = 2
     raw = replace(raw, events=put("user_id", {9: 4})(with_column(raw.events, "label", labels)))
-    facts = ingest_tables(raw, tmp_path / "canonical", UNTIL)
+    facts = ingest_tables(raw, tmp_path / "canonical", "2024-03-08T00:00:00+00:00")
     assert facts["broken"] == {"label is not 0 or 1": 2, "unknown user": 1}
     found = judged(tmp_path / "canonical")
     assert found.error == "" and found.report["passed"] is True
     assert found.broken == {"?quarantine.rows: column_values_to_be_between"}
-    assert found.report["quarantined"] == facts["broken"] and found.report["rows"]["events"] == 3197
+    assert found.report["quarantined"] == facts["broken"] and found.report["rows"]["events"] == 2797
     verdict = found.rule("quarantine", "rows")
     assert verdict["severity"] == "quarantine"
-    first, second = verdict["examples"]
-    assert (first["reason"], first["rows"], first["share"]) == ("label is not 0 or 1", 2, 2 / 3200)
+    first, second = sorted(verdict["examples"], key=lambda example: example["reason"])
+    assert (first["reason"], first["rows"], first["share"]) == ("label is not 0 or 1", 2, 2 / 2800)
     assert (second["reason"], second["rows"]) == ("unknown user", 1) and "'user_id': '4'" in second["example"]
     assert "quarantine: quarantine.rows" in caplog.text
