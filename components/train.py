@@ -3,8 +3,8 @@
 A batch is a gather on the device, where the rows lie as long as they fit; else they stay on the host, and the next
 batch is fetched meanwhile. Every step draws its dropout from (seed, epoch, step), and every epoch its order. A run's
 state is saved after every epoch, and after the step under way when SIGTERM or Ctrl-C asks to stop. So a run that was
-stopped or killed goes on with the same command, and ends in the same bytes. The state lies outside of the outputs,
-under .scratch, and is dropped when the run is done. Under torchrun see `components.parallel`.
+stopped or killed goes on with the same command, and on as many threads ends in the same bytes. The state lies outside
+of the outputs, under .scratch, and is dropped when the run is done. Under torchrun see `components.parallel`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TrainConfig:
     batch_size    rows a step, of all processes together
     max_epochs, patience   epochs at most; epochs without a better valid AUC before stopping
     lr, lr_factor, lr_patience, min_lr   Adam's rate, and its cut after epochs that do not improve
-    embedding_l2  coupled L2 on embeddings and the vector projection (Adam's weight decay)
+    embedding_l2  L2 on embeddings and the vector projection, l2/2 · ‖p‖² in the loss: what is clipped has its gradient
     network_l2    the same on all other weights
     ema           0, or the decay a step of a running mean of the weights, which is then what is scored and kept
     clip_norm     gradient norm at most
@@ -66,6 +66,8 @@ class TrainConfig:
     compile       train through torch.compile, on CUDA each step as one CUDA graph; what it compiled is kept in
                   .scratch/inductor
     network       the model's own config, see models/
+
+    The values of the published runs: `PRESETS` (network) and `TRAINING` (the rest) in models/registry.py.
     """
 
     seed: int
@@ -142,6 +144,22 @@ class Progress:
         return self.epoch >= config.max_epochs or self.stale >= config.patience
 
 
+class TrainingError(ValueError):
+    """A run that cannot go on: what is wrong, and what to change. `state` is the run's; None where it had not begun."""
+
+    def __init__(self, message: str, state: State | None) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+class DivergenceError(TrainingError):
+    """A loss or a weight that is not finite, or losses that jumped."""
+
+
+class OutOfMemoryError(TrainingError):
+    """Too little memory on the device or on the host."""
+
+
 def run(
     config: TrainConfig, model_name: str, dataset: Path, weights: Path, output: Path, metrics: Path, history: Path
 ) -> dict[str, Any]:
@@ -149,10 +167,11 @@ def run(
 
     weights  what training begins from, as `start` writes it
 
-    Raises ValueError on an unknown model or network key, a dataset that is not whole, too little memory, and a run
-    that diverges: its loss is not finite, or in the mean of an epoch more than twice what it was in the epoch before
-    (in the first: at the first step), and than a coin toss. SystemExit (128 + signal) where it was asked to stop and
-    has saved its state.
+    Raises ValueError on an unknown model or network key and a dataset that is not whole. OutOfMemoryError, and
+    DivergenceError where the loss or a weight is not finite, or the loss is in the mean of an epoch more than twice
+    what it was in the epoch before (in the first: at the first step), and than a coin toss: both leave the best epoch,
+    where there was one, as a checkpoint under .scratch. SystemExit (128 + signal) where it was asked to stop and has
+    saved its state.
     """
     data = Dataset.open(dataset)
     valid = data.columns["label"][slice(*data.splits["valid"])]
@@ -173,11 +192,22 @@ def run(
             other = f"cold start: the champion {begun.champion} has another network: {begun.checkpoint.network}"
             here.say(f"{model_name}: {f'starts from the champion {begun.champion}: {taken}' if taken else other}")
         clock = time.perf_counter()
-        with _enough_memory(config, model_name, device):
-            state, seconds_a_pass = fit(config, model.to(device), data, begun.sha256, model_name, here)
+        champion = begun.champion if taken else None
+        try:
+            with _enough_memory(model_name, device):
+                state, seconds_a_pass = fit(config, model.to(device), data, begun.sha256, model_name, here)
+        except TrainingError as failed:
+            if failed.state is not None and failed.state.best:
+                best = SCRATCH / model_name / "best"
+                if here.rank == 0:
+                    _write_best(best, config, model_name, model, data, champion, failed.state)
+                told = f"the best one so far, {failed.state.progress.best_epoch}, is a checkpoint in {best}"
+                failed.args = (f"{failed}. A changed train.{model_name} starts from epoch 1; {told}",)
+            if isinstance(failed, DivergenceError):  # as all processes do, and torchrun ends them with the first
+                here.largest(0)
+            raise
         seconds = time.perf_counter() - clock
     progress = state.progress
-    model.load_state_dict(state.best)
     found = {
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch,
@@ -191,25 +221,7 @@ def run(
     }
     if here.rank:
         return found
-    facts = {
-        "data_sha256": data.facts["data_sha256"],
-        "best_epoch": progress.best_epoch,
-        "valid_auc": progress.best_auc,
-        "train": {key: value for key, value in asdict(config).items() if key not in ("network", "device")},
-        "train_rows": last - first,
-        "warm_start": begun.champion if taken else None,
-    }
-    with new_folder(output) as folder:
-        checkpoint = Checkpoint(
-            family=model_name,
-            network=config.network,
-            model=model,
-            encoder=data.encoder,
-            catalog=data.catalog,
-            schema_hash=data.facts["schema_hash"],
-            facts=facts,
-        )
-        save(folder, checkpoint)
+    _write_best(output, config, model_name, model, data, champion, state)
     history.parent.mkdir(parents=True, exist_ok=True)
     with new_file(history) as scratch, scratch.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, progress.history[0])
@@ -218,6 +230,33 @@ def run(
     write_json(metrics, found)
     shutil.rmtree(SCRATCH / model_name, ignore_errors=True)
     return found
+
+
+def _write_best(
+    folder: Path, config: TrainConfig, name: str, model: Ranker, data: Dataset, champion: str | None, state: State
+) -> None:
+    """The best epoch's checkpoint, whole or not at all; the model takes its weights."""
+    model.load_state_dict(state.best)
+    first, last = data.splits["train"]
+    facts = {
+        "data_sha256": data.facts["data_sha256"],
+        "best_epoch": state.progress.best_epoch,
+        "valid_auc": state.progress.best_auc,
+        "train": {key: value for key, value in asdict(config).items() if key not in ("network", "device")},
+        "train_rows": last - first,
+        "warm_start": champion,
+    }
+    with new_folder(folder) as scratch:
+        checkpoint = Checkpoint(
+            family=name,
+            network=config.network,
+            model=model,
+            encoder=data.encoder,
+            catalog=data.catalog,
+            schema_hash=data.facts["schema_hash"],
+            facts=facts,
+        )
+        save(scratch, checkpoint)
 
 
 def _device(name: str, config: TrainConfig) -> torch.device:
@@ -238,16 +277,21 @@ def _device(name: str, config: TrainConfig) -> torch.device:
 
 
 @contextmanager
-def _enough_memory(config: TrainConfig, name: str, device: torch.device) -> Iterator[None]:
+def _enough_memory(
+    name: str, device: torch.device, state: State | None = None, batch_size: int | None = None
+) -> Iterator[None]:
+    """OutOfMemoryError for each of its kinds. `batch_size` where the block is training steps: it helps there alone."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise ValueError(
-            f"{name}: out of memory on {device}: {str(error).partition(chr(10))[0]}. train.{name}.batch_size is "
-            f"{config.batch_size}; give {max(2, config.batch_size // 2)}, or free the device. The last epoch is kept"
-        ) from error
+        said = f"{name}: out of memory on {device}: {str(error).partition(chr(10))[0]}"
+        if batch_size is None:
+            remedy = f"It was no training step, so batch_size does not matter; give a smaller train.{name}.network"
+        else:
+            remedy = f"train.{name}.batch_size is {batch_size}; give {max(2, batch_size // 2)}"
+        raise OutOfMemoryError(f"{said}. {remedy}, or free the device", state) from error
 
 
 def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str, here: Ranks) -> tuple[State, float]:
@@ -286,13 +330,15 @@ def fit(config: TrainConfig, model: Ranker, data: Dataset, start: str, name: str
 
         while not progress.done(config):
             whole, begun = progress.step == 0, time.perf_counter()
-            loss = train_epoch(config, state, step, data, here, name, pause)
+            with _enough_memory(name, device, state, config.batch_size):
+                loss = train_epoch(config, state, step, data, here, name, pause)
             if whole:
                 seconds.append(time.perf_counter() - begun)
-            score_B, label_B = score(state.scored, data, data.splits["valid"], here, pause)
+            with _enough_memory(name, device, state):
+                score_B, label_B = score(state.scored, data, data.splits["valid"], here, pause)
             logloss = float(nn.functional.binary_cross_entropy_with_logits(score_B, label_B))
-            if not math.isfinite(logloss):  # the last step spoilt the weights
-                raise _diverged(config, name, f"the valid logloss is {logloss} after epoch {progress.epoch + 1}")
+            if not math.isfinite(logloss):  # of weights that are finite and too large
+                raise _diverged(config, name, f"the valid logloss is {logloss} after epoch {progress.epoch + 1}", state)
             found = {"train_loss": loss, "valid_auc": auc(label_B, score_B), "valid_logloss": logloss}
             if progress.note(config, found):
                 state.best = {key: value.detach().cpu().clone() for key, value in state.scored.state_dict().items()}
@@ -342,19 +388,28 @@ def _asked_to_stop() -> Iterator[Callable[[], int]]:
 
 
 def adam(config: TrainConfig, model: Ranker) -> torch.optim.Adam:
-    """Adam with the published coupled L2 on the regularised parameters alone."""
+    """Adam over the regularised parameters and the others, each group with its `l2`, which `add_l2` reads."""
     regularised = model.regularised_parameters()
     ids = {id(p) for p in regularised}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [
-        {"params": regularised, "weight_decay": config.embedding_l2},
-        {"params": others, "weight_decay": config.network_l2},
+        {"params": regularised, "l2": config.embedding_l2},
+        {"params": others, "l2": config.network_l2},
     ]
     device = next(model.parameters()).device
     if device.type != "cuda":
         return torch.optim.Adam(groups, lr=config.lr, fused=True)
     rate: Any = torch.tensor(config.lr, device=device)  # read by a CUDA graph, so where it lies it stays
     return torch.optim.Adam(groups, lr=rate, fused=True, capturable=True)
+
+
+@torch.no_grad()
+def add_l2(optimizer: torch.optim.Adam) -> None:
+    """The gradient of l2/2 · ‖p‖² beside that of the loss. (Adam's own weight decay would come after the clipping.)"""
+    for group in optimizer.param_groups:
+        if group["l2"]:
+            learning = [p for p in group["params"] if p.grad is not None]
+            torch._foreach_add_([p.grad for p in learning], learning, alpha=group["l2"])
 
 
 def train_epoch(
@@ -374,8 +429,9 @@ def train_epoch(
         else:
             group["lr"] = progress.lr
     start, end = data.splits["train"]
-    order = torch.randperm(end - start, generator=torch.Generator().manual_seed(_seed(config.seed, progress.epoch)))
-    chunks = _chunks((order + start).to(data.columns["item"].device), config.batch_size)
+    rng = torch.Generator().manual_seed(_seed(config.seed, progress.epoch))
+    order = torch.randperm(end - start, generator=rng).add_(start)
+    chunks = _chunks(order.to(data.columns["item"].device), config.batch_size)
     if progress.step == 0:
         state.loss_S = torch.zeros(len(chunks), dtype=torch.float64, device=data.device)
     model.train()
@@ -399,7 +455,7 @@ def train_epoch(
     before = progress.history[-1]["train_loss"] if progress.history else float(state.loss_S[0]) / len(chunks[0])
     if mean > 2 * max(before, COIN_TOSS):
         where = f"epoch {progress.epoch + 1}, after {before:.3g}"
-        raise _diverged(config, name, f"the mean training loss is {mean:.3g} in {where}")
+        raise _diverged(config, name, f"the mean training loss is {mean:.3g} in {where}", state)
     return mean
 
 
@@ -466,11 +522,12 @@ def train_step(
     fetched: list[Tensor],
     rows: int,
 ) -> Tensor:
-    """Loss, gradients and Adam for a batch of `rows` rows, of which `fetched` are the rank's. The loss, float64."""
+    """From the loss to Adam, for a batch of `rows` rows of which `fetched` are the rank's. The loss, float64."""
     loss = loss_of(fetched, rows)
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     here.sum_gradients(state.model)
+    add_l2(state.optimizer)
     nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
     state.optimizer.step()
     return loss.detach().double()
@@ -481,18 +538,21 @@ def _seed(*numbers: int) -> int:
 
 
 def _require_finite(config: TrainConfig, name: str, state: State) -> None:
-    """The losses of the epoch under way."""
-    finite = state.loss_S[: state.progress.step].isfinite()
+    """The losses of the epoch under way, and the weights that its last step left."""
+    epoch, step = state.progress.epoch + 1, state.progress.step
+    finite = state.loss_S[:step].isfinite()
     if not finite.all():
-        step = int(finite.logical_not().nonzero()[0])
-        where = f"epoch {state.progress.epoch + 1}, step {step + 1}"
-        raise _diverged(config, name, f"the loss is {float(state.loss_S[step])} in {where}")
+        first = int(finite.logical_not().nonzero()[0])
+        what = f"the loss is {float(state.loss_S[first])} in epoch {epoch}, step {first + 1}"
+        raise _diverged(config, name, what, state)
+    for key, tensor in state.model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise _diverged(config, name, f"{key} is not finite after epoch {epoch}, step {step}", state)
 
 
-def _diverged(config: TrainConfig, name: str, what: str) -> ValueError:
-    return ValueError(
-        f"{name}: {what}; the state before it is kept. "
-        f"Lower train.{name}.lr ({config.lr}) or clip_norm ({config.clip_norm})"
+def _diverged(config: TrainConfig, name: str, what: str, state: State) -> DivergenceError:
+    return DivergenceError(
+        f"{name}: {what}. Lower train.{name}.lr ({config.lr}) or clip_norm ({config.clip_norm})", state
     )
 
 
@@ -527,8 +587,11 @@ def _chunks(order: Tensor, size: int) -> list[Tensor]:
 
 
 def _fingerprint(config: TrainConfig, data: Dataset, start: str, name: str) -> str:
-    """Of all that a run's weights follow from: the state of another run is no state of this one."""
-    code = [Path(__file__), *(Path(__file__).with_name(f"{part}.py") for part in ("parallel", "warm_start"))]
+    """Of all that a run's weights follow from: the state of another run is no state of this one.
+
+    But for threads, processes and the C compiler, which decide last bits alone: a run may go on with others.
+    """
+    code = [Path(__file__), *(Path(__file__).with_name(f"{part}.py") for part in ("dataset", "parallel", "warm_start"))]
     code += sorted(file for file in Path(models.__file__ or "").parent.iterdir() if file.suffix in (".py", ".c"))
     parts = [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], start, torch.__version__]
     return hashlib.sha256(json.dumps([*parts, *map(file_hash, code)], sort_keys=True).encode()).hexdigest()

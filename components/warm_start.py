@@ -6,8 +6,10 @@
                        that gives the items of both catalogs what they had; with too few of those, a fresh one
     all else           copied
 
-So before its first step the model scores as the champion does. Features that came, went or changed their order
-change what the inner weights read: then the tables alone are taken. The optimizer always starts afresh.
+So before its first step the model scores as the champion does, where the champion's catalog has the row's items and
+today's vocabularies the values that it knows. An item that is new to the champion is an unknown one there, without
+kinds, tags and vector; here it has its own. Features that came, went or changed their order change what the inner
+weights read: then the tables alone are taken. The optimizer always starts afresh.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 E[0] = 0 and stays so: index 0 means missing or padding, so catalog row 0 is the zero vector.
 
-Shapes: those of `models.schema`, and d embedding width, N any rows, U distinct catalog rows, M item vector.
+Shapes: those of `models.schema`.
 """
 
 from __future__ import annotations
@@ -140,11 +140,12 @@ def part_of_batch(start: int, rows: int) -> Iterator[None]:
     So several processes, each with its part, draw what one process with all rows draws from the same seed.
     """
     global _rows_before, _rows_in_all
+    before = _rows_before, _rows_in_all
     _rows_before, _rows_in_all = start, rows
     try:
         yield
     finally:
-        _rows_before, _rows_in_all = 0, 0
+        _rows_before, _rows_in_all = before
 
 
 def mask_seed() -> tuple[int, int]:

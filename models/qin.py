@@ -15,7 +15,7 @@ What runs is the same function with less work:
 - the item tower sees each distinct catalog row of a batch once;
 - without dropout Σ_r (W x + b)_r is one D × D product.
 
-Shapes: those of `models.layers`, and A attention width, D width of x, R rows of a quadratic layer.
+Shapes: those of `models.schema`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,16 @@
 A row never carries item contents or history items. It carries a catalog row number and a (start, end)
 range of the click log, so the training set stays small and a batch is a gather on the device.
 
-Shape suffixes used in all of `models/`:
-    B rows, F impression fields, I catalog rows, G categorical item fields, T values of a multi-valued field,
-    E width of the item vector, C clicks in the log, L history positions.
+Shape suffixes, in all of `models/` (`hist_BL` is rows × history positions):
+
+    B  rows of a batch             I  catalog rows                L  history positions
+    N  any rows                    U  catalog rows, each once     C  clicks in the log
+    F  impression fields           G  categorical item fields     T  values of a multi-valued field
+    P  parts of an item            M  width of an item, all parts V  values of a vocabulary
+    E  width of the item's vector, or of a field                  d  width of an embedding
+    D  width of a network's x; in SDCNv3 of a head's              H  heads
+    K  clicks of one history; in SDCNv3 D/2                       A  width of the attention
+    R  rows of a quadratic layer
 """
 
 from __future__ import annotations

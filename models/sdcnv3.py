@@ -14,7 +14,7 @@ The heads share all weights. `towers="deep"` is DCNv3 (ECN): the deep tower and 
 What runs is the same function with less work: the two first layers, which both read x_1, are one product, and
 histories are pooled before they are projected, (1/n) Σ W v = W (1/n) Σ v.
 
-Shapes: those of `models.layers`, and H heads, D width of a head, K = D/2.
+Shapes: those of `models.schema`.
 """
 
 from __future__ import annotations

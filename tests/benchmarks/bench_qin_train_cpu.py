@@ -14,15 +14,14 @@ one_thread()
 from worlds import Published, Training, microlens, native_bf16  # noqa: E402 - one thread first
 
 BATCH = 512
-RATES = {"lr": 2e-3, "embedding_l2": 2e-4, "clip_norm": 10.0}
 
 
 def main() -> None:
     data = microlens(BATCH)
     precision = "bf16" if native_bf16() else "fp32"
-    fast = Training("qin/microlens", data, precision=precision, batch_size=BATCH, device="cpu", **RATES)
-    plain = Training("qin/microlens", data, precision="fp32", batch_size=BATCH, device="cpu", **RATES)
-    published = Published("qin/microlens", data, **RATES)
+    fast = Training("qin/microlens", data, precision=precision, batch_size=BATCH, device="cpu")
+    plain = Training("qin/microlens", data, precision="fp32", batch_size=BATCH, device="cpu")
+    published = Published("qin/microlens", data)
     rows = slice(0, BATCH)
     own, own_fp32, other = seconds(lambda: fast.step(rows), lambda: plain.step(rows), lambda: published.step(rows))
     report("qin_train_cpu", BATCH / own, "rows/s", "published form", BATCH / other)

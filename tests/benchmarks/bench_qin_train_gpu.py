@@ -9,4 +9,4 @@ from __future__ import annotations
 from gpu import compare
 
 if __name__ == "__main__":
-    compare("qin_train_gpu", "qin/microlens", rows=3_600_000, batch=8192, lr=2e-3, embedding_l2=2e-4)
+    compare("qin_train_gpu", "qin/microlens", rows=3_600_000)

@@ -18,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from worlds import Training, ml_1m, native_bf16  # noqa: E402
 
 from models.losses import tri_bce  # noqa: E402
+from models.registry import TRAINING  # noqa: E402
 from models.schema import Batch, Catalog, Logits  # noqa: E402
 from models.sdcnv3 import SDCNv3, SDCNv3Config  # noqa: E402
 
-ROWS, BATCH, LR, L2, CLIP = 30 * 4096, 4096, 1e-3, 1e-2, 10.0
+TRAINED = TRAINING["sdcnv3/ml-1m"]
+BATCH = TRAINED["batch_size"]
+ROWS = 30 * BATCH
 
 
 class Rows(Dataset[Tensor]):
@@ -39,11 +42,10 @@ class Rows(Dataset[Tensor]):
 
 def main() -> None:
     data = ml_1m(ROWS)
-    changes = {"lr": LR, "embedding_l2": L2, "clip_norm": CLIP, "device": "cpu"}
-    fast = Training("sdcnv3/ml-1m", data, precision="bf16" if native_bf16() else "fp32", **changes)
-    plain = Training("sdcnv3/ml-1m", data, precision="fp32", **changes)
+    fast = Training("sdcnv3/ml-1m", data, precision="bf16" if native_bf16() else "fp32", device="cpu")
+    plain = Training("sdcnv3/ml-1m", data, precision="fp32", device="cpu")
     config, peer = SDCNv3Config(), SDCNv3(SDCNv3Config(), data.schema)
-    optimizer = torch.optim.Adam(peer.parameters(), LR)
+    optimizer = torch.optim.Adam(peer.parameters(), TRAINED["lr"])
     state = dict(peer.named_parameters()) | dict(peer.named_buffers())
 
     def epoch(training: Training) -> None:
@@ -68,10 +70,13 @@ def main() -> None:
             deep_B, shallow_B = published_sdcnv3(state, config, data.schema, batch, movies, own_row_B, training=True)
             assert shallow_B is not None
             penalty = sum((table**2).sum() for table in peer.regularised_parameters())
-            loss = tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), label_B) + L2 / 2 * penalty
+            loss = (
+                tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), label_B)
+                + TRAINED["embedding_l2"] / 2 * penalty
+            )
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(peer.parameters(), CLIP)
+            nn.utils.clip_grad_norm_(peer.parameters(), TRAINED["clip_norm"])
             optimizer.step()
 
     own, own_fp32, other = seconds(lambda: epoch(fast), lambda: epoch(plain), published_epoch, rounds=3)

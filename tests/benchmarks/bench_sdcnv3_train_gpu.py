@@ -8,4 +8,4 @@ from __future__ import annotations
 from gpu import compare
 
 if __name__ == "__main__":
-    compare("sdcnv3_train_gpu", "sdcnv3/criteo", rows=4_000_000, batch=4096, lr=1e-3, embedding_l2=1e-5)
+    compare("sdcnv3_train_gpu", "sdcnv3/criteo", rows=4_000_000)

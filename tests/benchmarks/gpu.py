@@ -12,15 +12,16 @@ from torch import Tensor
 from worlds import Published, Training, criteo, microlens
 
 from components.dataset import Dataset
+from models.registry import TRAINING
 
 WORLDS: dict[str, Callable[[int], Dataset]] = {"qin/microlens": microlens, "sdcnv3/criteo": criteo}
 
 
-def compare(name: str, preset: str, *, rows: int, batch: int, lr: float, embedding_l2: float) -> None:
+def compare(name: str, preset: str, rows: int) -> None:
     options = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     options.add_argument("--device", default="cuda")
     options.add_argument("--rows", type=int, default=rows)
-    options.add_argument("--batch", type=int, default=batch)
+    options.add_argument("--batch", type=int, default=TRAINING[preset]["batch_size"])
     options.add_argument("--steps", type=int, default=20, help="of the published form, a round")
     asked = options.parse_args()
     device = torch.device(asked.device)
@@ -30,12 +31,9 @@ def compare(name: str, preset: str, *, rows: int, batch: int, lr: float, embeddi
         )
     torch.set_float32_matmul_precision("high")
     data = WORLDS[preset](asked.rows).to(device)
-    rates = {"lr": lr, "embedding_l2": embedding_l2, "clip_norm": 10.0}
     compiled = device.type == "cuda"
-    own = Training(
-        preset, data, precision="bf16", compile=compiled, batch_size=asked.batch, device=asked.device, **rates
-    )
-    published = Published(preset, data, **rates)
+    own = Training(preset, data, precision="bf16", compile=compiled, batch_size=asked.batch, device=asked.device)
+    published = Published(preset, data)
 
     def steps() -> None:
         order = torch.randperm(asked.rows, device=device)

@@ -58,11 +58,7 @@ class Config:
     network: dict[str, Any] = field(default_factory=dict)
 
 
-PUBLISHED = {
-    "batch_size": 4096, "max_epochs": 100, "patience": 2, "lr": 1e-3, "lr_factor": 0.1, "lr_patience": 0,
-    "min_lr": 1e-6, "embedding_l2": 0.01, "network_l2": 0.0, "ema": 0.0, "clip_norm": 10.0,
-    "device": "cpu", "precision": "fp32", "compile": False,
-}  # fmt: skip
+PUBLISHED = registry.TRAINING["sdcnv3/ml-1m"] | {"device": "cpu", "precision": "fp32", "compile": False}
 AVERAGED = {
     "batch_size": 2048, "lr": 7e-4, "lr_factor": 1.0, "embedding_l2": 0.005, "network_l2": 3e-4, "ema": 0.999,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from components.dataset import Dataset
 from components.parallel import Ranks
 from components.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
 from models.losses import tri_bce
-from models.registry import PRESETS, build, network_config
+from models.registry import PRESETS, TRAINING, build, network_config
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Logits, Schema, history_rows
 
 # MicroLens_1M_x1 as the published run of QIN reads it
@@ -33,12 +33,13 @@ CRITEO = [50] * 13 + [int(300_000 * 0.7**i) + 10 for i in range(26)]
 
 
 class Training:
-    """A model of a preset in training on a dataset; `step` and `epoch` are the trainer's."""
+    """A preset in training on a dataset, as published but for `changes`; `step` and `epoch` are the trainer's."""
 
     def __init__(self, preset: str, data: Dataset, **changes: Any) -> None:
         family = preset.split("/")[0]
         network = PRESETS[preset]
-        config = replace(load(ROOT / "params.yaml", f"train.{family}", TrainConfig), network=network, **changes)
+        config = load(ROOT / "params.yaml", f"train.{family}", TrainConfig)
+        config = replace(config, **{"network": network, **TRAINING[preset], **changes})
         keep_freed_memory()
         torch.manual_seed(7)
         self.config, self.data = config, data
@@ -62,14 +63,14 @@ class Training:
 class Published:
     """The same in the published form: its forward pass, whole-table L2 in autograd, Adam with clipped gradients."""
 
-    def __init__(self, preset: str, data: Dataset, *, lr: float, embedding_l2: float, clip_norm: float) -> None:
+    def __init__(self, preset: str, data: Dataset) -> None:
         self.family = preset.split("/")[0]
         self.network = network_config(self.family, PRESETS[preset])
-        self.data, self.l2, self.clip_norm = data, embedding_l2, clip_norm
+        self.data, self.trained = data, TRAINING[preset]
         torch.manual_seed(7)
         self.model = build(self.family, PRESETS[preset], data.schema).to(data.device)
         self.named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.trained["lr"])
 
     def step(self, rows: Tensor | slice) -> Tensor:
         """Returns the batch's loss."""
@@ -85,8 +86,8 @@ class Published:
             loss = tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), batch.label_B)
         penalty = sum((table**2).sum() for table in self.model.regularised_parameters())
         self.optimizer.zero_grad()
-        (loss + self.l2 / 2 * penalty).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        (loss + self.trained["embedding_l2"] / 2 * penalty).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.trained["clip_norm"])
         self.optimizer.step()
         return loss.detach()
 

@@ -24,6 +24,7 @@ from models.registry import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 
 TASTES = ("jazz", "folk", "rock", "pop")
+TAGS = ("live", "mono", "slow", "solo", "vocal")
 HISTORY = 6
 NETWORKS: dict[str, dict[str, Any]] = {
     "qin": {"dim": 8, "attention_dim": 8, "layers": 1, "rows": 2, "dropout": 0.1},
@@ -49,6 +50,11 @@ class RawRows:
 
 def kind(item: int) -> str:
     return TASTES[item % 4]
+
+
+def tags(item: int) -> list[str | None]:
+    """Two of them or, for every third item, one; then None."""
+    return [TAGS[item % 5], TAGS[(item + 2) % 5] if item % 3 else None, None]
 
 
 def vector(item: int) -> list[float]:
@@ -84,10 +90,15 @@ def draw_rows(seed: int = 0, rows: int = 2600, users: int = 80, items: int = 50)
 
 
 def make_encoder(
-    users: Sequence[int], hours: Sequence[int], tastes: Sequence[str], items: Sequence[int], name: str = "today"
+    users: Sequence[int],
+    hours: Sequence[int],
+    tastes: Sequence[str],
+    items: Sequence[int],
+    name: str = "today",
+    known_tags: Sequence[str] = TAGS,
 ) -> tuple[Encoder, Catalog]:
-    """Over these raw values; `name` is the embedding version. Every list is sorted first, tastes are taken as given."""
-    users, hours, items = sorted(users), sorted(hours), sorted(items)
+    """Over these raw values; `name` is the embedding version. Integers are sorted first, strings are taken as given."""
+    users, hours, items, words = sorted(users), sorted(hours), sorted(items), tuple(known_tags)
 
     def field(name: str, size: int, origin: Any, vocab: tuple[str, ...] | None = None) -> Feature:
         return Feature(
@@ -101,22 +112,24 @@ def make_encoder(
             field("hour", len(hours), "context"),
             Feature(name="item_id", owner="item", kind="categorical", size=len(items) + SPECIAL),
             Feature(name="kind", owner="item", kind="categorical", size=len(TASTES) + SPECIAL, vocab=TASTES),
+            Feature(name="tags", owner="item", kind="multi", size=len(words) + SPECIAL, length=3, vocab=words),
             Feature(name="embedding", owner="item", kind="vector", size=3),
         ),
         history_length=HISTORY,
         embedding_version=name,
     )
     integers = {"user_id": torch.tensor(users), "hour": torch.tensor(hours), "item_id": torch.tensor(items)}
-    nothing = torch.iinfo(torch.int64).min
+    encoder = Encoder(schema, integers)
+    nothing, nothing_T = torch.iinfo(torch.int64).min, torch.zeros(3, dtype=torch.int64)
     rows = torch.arange(len(items)) + SPECIAL
     kinds = torch.tensor([TASTES.index(kind(item)) + SPECIAL for item in items])
     catalog = Catalog(
         torch.tensor([nothing, nothing, *items]),
         torch.cat([torch.tensor([[0, 0], [1, 1]]), torch.stack([rows, kinds], 1)]),
-        {},
+        {"tags": torch.stack([nothing_T, nothing_T, *(encoder.encode("tags", tags(item)) for item in items)])},
         torch.tensor([[0.0] * 3, [0.0] * 3, *(vector(item) for item in items)]),
     )
-    return Encoder(schema, integers), catalog
+    return encoder, catalog
 
 
 def encoder_of(raw: RawRows) -> tuple[Encoder, Catalog]:

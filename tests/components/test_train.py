@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from copy import deepcopy
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,21 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
 
 import models
 from components import train
-from components.artifacts import write_json
+from components.artifacts import folder_hash, write_json
 from components.config import load
 from components.dataset import Dataset
+from components.parallel import Ranks
 from components.train import Progress, TrainConfig
-from models.registry import CHECKPOINT_FILES, FAMILIES
+from models import cross_step
+from models.losses import bce, tri_bce
+from models.registry import CHECKPOINT_FILES, FAMILIES, PRESETS, TRAINING
 from models.registry import load as load_checkpoint
+from models.schema import Batch, Logits
+from tests.models import published
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,36 +167,93 @@ def test_the_rate_has_a_floor_and_stale_epochs_an_end(config) -> None:
     assert progress.best_epoch == 1
 
 
-def test_coupled_l2_moves_the_regularised_parameters_alone(config, dataset) -> None:
-    """With gradients of zero, Adam's first step is -lr * sign(l2 * p); a decoupled decay would move by lr * l2 * p."""
-    model = models.registry.build("qin", config().network, Dataset.open(dataset).schema)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.where(torch.rand_like(parameter) < 0.5, -0.5, 0.5))
-    regularised = {id(parameter) for parameter in model.regularised_parameters()}
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    train.adam(config(lr=0.01, embedding_l2=0.1), model).step()
-    moved = set()
-    for name, parameter in model.named_parameters():
-        if id(parameter) in regularised:
-            torch.testing.assert_close(parameter.detach(), before[name] - 0.01 * before[name].sign())
-            moved.add(name.split(".")[0])
-        else:
-            assert torch.equal(parameter, before[name]), name
-    assert moved == {"fields", "items"}
-    assert len(regularised) < len(before)
+def published_loss(family: str, model: nn.Module, network: Any, data: Dataset, batch: Batch) -> Tensor:
+    """Of the published form with the model's weights, in training. Losses are float32 whatever the weights."""
+    hist_BL = published.histories(batch, data.click_log, data.schema.history_length)
+    read = dict(model.named_parameters()), network, data.schema, batch, data.catalog, hist_BL
+    if family == "qin":
+        return bce(Logits(published.qin(*read, training=True).float()), batch.label_B)
+    deep_B, shallow_B = published.sdcnv3(*read, training=True)
+    assert shallow_B is not None
+    both_B = ((deep_B + shallow_B) / 2).float()
+    return tri_bce(Logits(both_B, (deep_B.float(), shallow_B.float())), batch.label_B)
 
 
-def test_network_l2_moves_the_other_parameters(config, dataset) -> None:
-    model = models.registry.build("sdcnv3", config("sdcnv3").network, Dataset.open(dataset).schema)
-    bias = model.deep.out.weight
-    before = bias.detach().clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    train.adam(config("sdcnv3", lr=0.01, network_l2=0.1), model).step()
-    torch.testing.assert_close(bias.detach(), before - 0.01 * before.sign())
+def plain_training(
+    family: str, config: TrainConfig, data: Dataset, model: nn.Module, rates: list[float]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[bool]]:
+    """An epoch at each of the rates, in torch's own words: the weights, their running mean, and what was clipped."""
+    network = models.registry.network_config(family, config.network)
+    weights, (_, end) = dict(model.named_parameters()), data.splits["train"]
+    tables = {name for name in weights if name.startswith(("fields", "items"))}
+    mean = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    optimizer, clipped = torch.optim.Adam(model.parameters()), []
+    for epoch, rate in enumerate(rates):
+        optimizer.param_groups[0]["lr"] = rate
+        seed = int.from_bytes(hashlib.sha256(f"{config.seed} {epoch}".encode()).digest()[:6])
+        order = torch.randperm(end, generator=torch.Generator().manual_seed(seed))
+        for rows in order.split(config.batch_size):
+            loss = published_loss(family, model, network, data, data.batch(rows))
+            for name, tensor in weights.items():
+                l2 = config.embedding_l2 if name in tables else config.network_l2
+                loss = loss + l2 / 2 * tensor.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            clipped.append(bool(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm) > config.clip_norm))
+            optimizer.step()
+            decay = min(config.ema, (1 + len(clipped)) / (10 + len(clipped)))
+            for name, tensor in weights.items():
+                mean[name] = decay * mean[name] + (1 - decay) * tensor.detach()
+    return {name: tensor.detach() for name, tensor in weights.items()}, mean, clipped
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_trains_by_the_published_recipe(config, dropless, dataset, tmp_path, monkeypatch, family, ema) -> None:
+    """Order, L2, clipping, Adam, its rate and the running mean, by the weights that they end in.
+
+    The second epoch is told to be worse than the first, so that the third has half the rate. In float64, since Adam
+    makes whole steps of gradients that are next to nothing, where the last bits decide the direction.
+    """
+    asked = config(
+        family, network=dropless[family], max_epochs=3, batch_size=256, embedding_l2=0.05, network_l2=0.01, ema=ema,
+        clip_norm=0.6,
+    )  # fmt: skip
+    data, aucs = Dataset.open(dataset), [0.7, 0.6, 0.8]
+    torch.manual_seed(asked.seed)
+    model = models.registry.build(family, asked.network, data.schema).double()
+    wanted, wanted_mean, clipped = plain_training(family, asked, data, deepcopy(model), [0.01, 0.01, 0.005])
+    assert 0 < sum(clipped) < len(clipped) == 3 * 7
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "auc", lambda *_: aucs.pop(0))
+    state, _ = train.fit(asked, model, data, "", family, Ranks())
+    kept = wanted_mean if ema else wanted
+    torch.testing.assert_close(dict(state.model.named_parameters()), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close({name: state.best[name] for name in kept}, kept, rtol=1e-6, atol=1e-6)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, config, monkeypatch) -> None:
+    orders: list[list[int]] = [[], []]
+    masks: list[bytes] = []
+    step, dropout = train.train_step, models.qin.dropout
+
+    def noted_step(config: TrainConfig, state: Any, loss: Any, here: Ranks, fetched: list[Tensor], rows: int) -> Tensor:
+        orders[state.progress.epoch] += fetched[0].tolist()
+        masks.append(b"")
+        return step(config, state, loss, here, fetched, rows)
+
+    def noted_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+        out = dropout(x, rate, training)
+        if training and not masks[-1]:
+            masks[-1] = (out[:16] == 0).numpy().tobytes()
+        return out
+
+    monkeypatch.setattr(train, "train_step", noted_step)
+    monkeypatch.setattr(models.qin, "dropout", noted_dropout)
+    run(config(max_epochs=2), "out")
+    assert [sorted(order) for order in orders] == [list(range(1560))] * 2
+    assert orders[0] != orders[1] and list(range(1560)) not in orders
+    assert len(set(masks)) == len(masks) == 2 * 13
 
 
 def test_the_running_mean_of_the_weights_is_what_is_judged_and_kept(config, dataset, tmp_path) -> None:
@@ -241,6 +306,19 @@ def test_a_run_cut_in_the_middle_of_an_epoch_goes_on_to_the_same_bytes(run, conf
     assert f"{model}: goes on after epoch 2" in said
     assert f"{model} epoch 2:" not in said
     assert run.history("cut") == run.history("whole")
+
+
+@pytest.mark.parametrize("model", sorted(FAMILIES))
+def test_a_run_on_two_threads_that_is_killed_goes_on_to_the_same_bytes(run, config, monkeypatch, model) -> None:
+    asked = config(model, batch_size=1560, max_epochs=4)
+    monkeypatch.setattr(cross_step, "ROWS_A_THREAD", 100)  # both take a part of every batch
+    torch.set_num_threads(2)
+    try:
+        whole = run(asked, "whole", model)
+        run.killed_after(2, asked, "cut", model)
+        assert run(asked, "cut", model) == whole
+    finally:
+        torch.set_num_threads(1)
 
 
 class Program:
@@ -405,16 +483,19 @@ def test_the_state_of_another_dataset_is_not_used(run, config, raw_rows, write_d
     assert run.history("out")[0]["epoch"] == 1
 
 
-def test_the_state_of_other_code_is_not_used(run, config, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("edited", [None, "models/qin.py", "models/cross_step.c", "components/dataset.py"])
+def test_the_state_of_other_code_is_not_used(run, config, monkeypatch, capsys, edited) -> None:
     run.killed_after(30, config(), "cut")
-    code = run.root / "models"
-    shutil.copytree(ROOT / "models", code, ignore=shutil.ignore_patterns("__pycache__"))
-    with (code / "qin.py").open("a") as opened:
-        opened.write("# edited\n")
-    monkeypatch.setattr(models, "__file__", str(code / "__init__.py"))
+    for package in ("models", "components"):
+        shutil.copytree(ROOT / package, run.root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if edited:
+        with (run.root / edited).open("a") as opened:
+            opened.write("\n")
+    monkeypatch.setattr(models, "__file__", str(run.root / "models/__init__.py"))
+    monkeypatch.setattr(train, "__file__", str(run.root / "components/train.py"))
     capsys.readouterr()
     run(config(), "out")
-    assert "goes on" not in capsys.readouterr().out
+    assert ("goes on" in capsys.readouterr().out) == (edited is None)
 
 
 # ---- where the rows lie, and how exactly they are computed with -----------------------------------------------------
@@ -525,30 +606,75 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_epoch", spoilt)
-        with pytest.raises(ValueError, match=rf"qin: the .*loss is nan {said}; .*Lower train\.qin\.lr \(0\.01\)"):
+        with pytest.raises(
+            train.DivergenceError, match=rf"qin: the .*loss is nan {said}\. Lower train\.qin\.lr \(0\.01\)"
+        ):
             run(config(), "out")
     assert not (run.root / "out").exists()
     assert run.state.read_bytes() == kept != b""
     assert run(config(), "out") == whole
 
 
-def test_a_run_that_is_stopped_after_its_loss_was_spoilt_keeps_the_state_before(run, config, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [("before", "the loss is nan in epoch 2, step 5"), ("after", r"fields\.\S+ is not finite after epoch 2, step 5")],
+    ids=["its loss", "its weights"],
+)
+def test_a_run_that_is_stopped_after_a_step_that_spoilt_it_keeps_the_state_before(
+    run, config, monkeypatch, when, said
+) -> None:
     whole, real, kept = run(config(), "whole"), train.train_step, b""
 
     def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
         nonlocal kept
-        if (state.progress.epoch, state.progress.step) == (1, 4):
+        now = (state.progress.epoch, state.progress.step) == (1, 4)
+        if now:
             kept = run.state.read_bytes()
-            poison(state.model)
             os.kill(os.getpid(), signal.SIGTERM)
+        if now and when == "before":
+            poison(state.model)
+        loss = real(config, state, *arguments)
+        if now:
+            poison(state.model)
+        return loss
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", spoilt)
+        with pytest.raises(train.DivergenceError, match=f"qin: {said}"):
+            run(config(), "out")
+    assert run.state.read_bytes() == kept != b""
+    assert run(config(), "out") == whole
+
+
+def test_a_run_that_fails_leaves_its_best_epoch_as_a_checkpoint(run, config, monkeypatch) -> None:
+    """The best is the second of three epochs, and the fourth spoils the weights. Another run, which ends none, leaves
+    it as it is.
+    """
+    two, aucs, real = run(config(max_epochs=2), "two"), [0.6, 0.8, 0.7], train.train_step
+    best = run.root / ".scratch/train/qin/best"
+
+    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+        if state.progress.epoch == 3:
+            poison(state.model)
         return real(config, state, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", spoilt)
-        with pytest.raises(ValueError, match=r"qin: the loss is nan in epoch 2, step 5; the state before it is kept"):
-            run(config(), "out")
-    assert run.state.read_bytes() == kept != b""
-    assert run(config(), "out") == whole
+        patched.setattr(train, "auc", lambda *_: aucs.pop(0))
+        with pytest.raises(
+            train.DivergenceError,
+            match=r"A changed train\.qin starts from epoch 1; .*, 2, is a checkpoint in \.scratch/train/qin/best$",
+        ):
+            run(config(lr_patience=3), "out")
+    assert (best / "model.safetensors").read_bytes() == two["model.safetensors"]
+    found = load_checkpoint(best)
+    assert (found.family, found.facts["best_epoch"], found.facts["valid_auc"]) == ("qin", 2, 0.8)
+    kept = folder_hash(best)
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", lambda *_: torch.tensor(float("nan")))
+        with pytest.raises(train.DivergenceError, match=r"clip_norm \(10\.0\)$"):
+            run(config(lr=0.005), "out")
+    assert folder_hash(best) == kept
 
 
 def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(run, config, monkeypatch) -> None:
@@ -569,7 +695,7 @@ def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(run, config, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("lr", "said"), [(1e30, "the loss is (nan|inf)|the mean training loss is"), (30.0, "the mean training loss is")]
+    ("lr", "said"), [(1e30, r"the loss is (nan|inf)|\S+ is not finite"), (1.0, "the mean training loss is")]
 )
 def test_a_rate_that_is_too_high_is_told(run, config, lr, said) -> None:
     with pytest.raises(
@@ -591,7 +717,7 @@ def test_a_loss_that_jumps_ends_the_run_and_a_high_start_does_not(run, config, m
 
     monkeypatch.setattr(train, "train_step", scaled)
     factor["jump"] = 100.0
-    with pytest.raises(ValueError, match=r"qin: the mean training loss is \d\S+ in epoch 2, after 0\.\d+; the state"):
+    with pytest.raises(ValueError, match=r"qin: the mean training loss is \d\S+ in epoch 2, after 0\.\d+\. Lower"):
         run(config(), "out")
     kept = run.state.read_bytes()
     with pytest.raises(ValueError, match="in epoch 2, after"):
@@ -602,24 +728,49 @@ def test_a_loss_that_jumps_ends_the_run_and_a_high_start_does_not(run, config, m
     assert run.history("out")[0]["train_loss"] > 5
 
 
-def test_too_little_memory_names_the_batch_and_keeps_the_last_epoch(run, config, monkeypatch) -> None:
-    """The refusal is the allocator's own, of a tensor that no machine holds."""
+def of_the_allocator() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def of_cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee the documentation")
+
+
+def of_python() -> None:
+    raise MemoryError("no memory")
+
+
+@pytest.mark.parametrize("refusal", [of_the_allocator, of_cuda, of_python])
+def test_too_little_memory_names_the_batch_and_keeps_the_last_epoch(run, config, monkeypatch, refusal) -> None:
     whole, real = run(config(), "whole"), train.train_step
 
     def greedy(config: TrainConfig, state: Any, *arguments: Any) -> Any:
         if state.progress.epoch == 2:
-            torch.empty(2**60, dtype=torch.uint8)
+            refusal()
         return real(config, state, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", greedy)
-        with pytest.raises(ValueError, match=r"qin: out of memory on cpu: .*train\.qin\.batch_size is 128; give 64"):
+        with pytest.raises(
+            train.OutOfMemoryError,
+            match=r"qin: out of memory on cpu: .*\. train\.qin\.batch_size is 128; give 64, or free the device\. A ",
+        ):
             run(config(), "out")
+    assert load_checkpoint(run.root / ".scratch/train/qin/best").facts["best_epoch"] in (1, 2)
     assert run(config(), "out") == whole
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
-        with pytest.raises(RuntimeError, match="size"):  # any other error keeps its kind
-            run(config(seed=5), "other")
+
+
+@pytest.mark.parametrize("where", ["score", "adam"])
+def test_too_little_memory_outside_of_a_step_does_not_name_the_batch(run, config, monkeypatch, where) -> None:
+    monkeypatch.setattr(train, where, lambda *_: of_the_allocator())
+    with pytest.raises(train.OutOfMemoryError, match=r"batch_size does not matter; give a smaller train\.qin\.network"):
+        run(config(), "out")
+
+
+def test_any_other_error_keeps_its_kind(run, config, monkeypatch) -> None:
+    monkeypatch.setattr(train, "train_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run(config(), "out")
 
 
 def test_unknown_names_are_refused(run, config, networks) -> None:
@@ -679,3 +830,11 @@ def test_the_projects_params_fit(model, dataset) -> None:
     config = load(ROOT / "params.yaml", f"train.{model}", TrainConfig)
     network = {**config.network, "exclude": []}  # the project's data have other features
     models.registry.build(model, network, Dataset.open(dataset).schema)
+
+
+@pytest.mark.parametrize("preset", sorted(TRAINING))
+def test_the_published_settings_are_a_config(config, preset) -> None:
+    """Beside what says where a run takes place and how exactly it computes, they have every key."""
+    of_the_run = {"seed", "device", "precision", "compile", "network"}
+    assert set(TRAINING[preset]) == {field.name for field in fields(TrainConfig)} - of_the_run
+    config(**TRAINING[preset], network=PRESETS[preset])

@@ -128,6 +128,30 @@ def test_processes_stop_together_and_go_on_to_the_same_bytes(world, networks) ->
         assert (world.root / "cut/qin" / file).read_bytes() == (world.root / "whole/qin" / file).read_bytes()
 
 
+SPOILT = """
+import sys
+from components import __main__ as program, train
+step = train.train_step
+def spoilt(config, state, *arguments):
+    return step(config, state, *arguments) * (float("nan") if state.progress.epoch else 1.0)
+train.train_step = spoilt
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_processes_that_diverge_leave_the_best_epoch(world, networks) -> None:
+    world.config("qin", networks["qin"])
+    (world.root / "spoilt.py").write_text(SPOILT)
+    command = world.command("qin", "out", 2)
+    at = command.index("components")
+    command[at - 1 : at + 1] = ["spoilt.py"]
+    done = subprocess.run(command, cwd=world.root, env=world.env(), capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "the loss is nan in epoch 2, step 1" in done.stderr
+    assert load(world.root / ".scratch/train/qin/best").facts["best_epoch"] == 1
+    assert not (world.root / "out").exists()
+
+
 def test_what_torchrun_cannot_run_is_told(world, networks) -> None:
     world.config("qin", networks["qin"], compile=True)
     done = subprocess.run(

@@ -24,6 +24,7 @@ from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASTES = ("jazz", "folk", "rock", "pop")
+TAGS = ("live", "mono", "slow", "solo", "vocal")  # the champion knows the last four
 USERS, ITEMS = range(1000, 1240, 3), range(50, 100)
 
 
@@ -42,19 +43,21 @@ def config(networks) -> Callable[..., TrainConfig]:
 
 
 class World:
-    """A champion of each family over the first 60 users, 20 hours and 40 items, and today's datasets."""
+    """A champion of each family that knows 60 users, 20 hours, 40 items and four tags, and today's datasets."""
 
     def __init__(self, root: Path, raw_rows: Any, write_dataset: Any, encoder_over: Any) -> None:
         self.root, self.raw, self.write, self.encoder_over = root, raw_rows(), write_dataset, encoder_over
-        self.yesterday = self.dataset("yesterday", encoder_over(USERS[:60], range(20), TASTES[:3], ITEMS[:40]))
+        self.yesterday = self.dataset(
+            "yesterday", encoder_over(USERS[:60], range(20), TASTES[:3], ITEMS[:40], known_tags=TAGS[1:])
+        )
 
     def dataset(self, name: str, encoder: tuple[Encoder, Catalog]) -> Path:
         return self.write(self.root / name, self.raw, encoder)
 
     def today(self, **changes: Any) -> tuple[Encoder, Catalog]:
-        """More users, hours, tastes (in another order) and items; the vectors' fit is yesterday's unless changed."""
-        given = {"users": USERS, "hours": range(24), "tastes": TASTES[::-1], "items": ITEMS, "name": "today"} | changes
-        return self.encoder_over(**given)
+        """More users, hours, items, and tastes and tags in another order; the vectors' fit is yesterday's."""
+        given = {"users": USERS, "hours": range(24), "tastes": TASTES[::-1], "items": ITEMS, "known_tags": TAGS[::-1]}
+        return self.encoder_over(**(given | changes))
 
     def run(self, config: TrainConfig, model: str, dataset: Path, name: str, start: Path) -> dict[str, Any]:
         out = self.root / name
@@ -101,13 +104,14 @@ def scores(model: Any, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_before_its_first_step_the_model_scores_as_the_champion(world, networks, model) -> None:
-    """Users, hours and tastes that it never saw too: they are UNKNOWN to it. Items are the same ones here."""
+    """Users, hours, tastes and tags that it never saw too: they are UNKNOWN to it. Items are the same ones here."""
     folder = world.dataset("same-items", world.today(items=ITEMS[:40]))
     data = Dataset.open(folder)
     fresh, champion, said = begun(world, model, networks[model], data)
     assert said == (
         "20 of 80 values of user_id are new; 1 of 4 values of taste are new; 4 of 24 values of hour are new; "
-        "0 of 40 values of item_id are new; 0 of 4 values of kind are new; the vectors are of the same fit"
+        "0 of 40 values of item_id are new; 0 of 4 values of kind are new; 1 of 5 values of tags are new; "
+        "the vectors are of the same fit"
     )
     rows = data.splits["test"]
     theirs = predict_translated(champion, data, pq.read_table(folder / UNSEEN), rows)
@@ -117,11 +121,18 @@ def test_before_its_first_step_the_model_scores_as_the_champion(world, networks,
 
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_an_item_that_is_new_starts_as_an_unknown_one_and_a_value_that_went_is_dropped(world, networks, model) -> None:
-    data = Dataset.open(world.dataset("other-items", world.today(items=ITEMS[5:], users=USERS[7:])))
+    tags = ("duet", "vocal", "live", "mono")  # slow and solo are gone, the first is new to all
+    encoder = world.today(items=ITEMS[5:], users=USERS[7:], known_tags=tags)
+    data = Dataset.open(world.dataset("other-items", encoder))
     fresh, champion, _ = begun(world, model, networks[model], data)
     mine = tables(fresh, data.schema)
     theirs = tables(champion.model, champion.encoder.schema)
-    for name, today, known in (("item_id", ITEMS[5:], ITEMS[:40]), ("user_id", USERS[7:], USERS[:60])):
+    values = {
+        "item_id": (ITEMS[5:], ITEMS[:40]),
+        "user_id": (USERS[7:], USERS[:60]),
+        "tags": (tags, TAGS[1:]),
+    }
+    for name, (today, known) in values.items():
         feature, table = mine[name]
         assert feature.size == len(today) + SPECIAL == len(table)
         old = theirs[name][1]

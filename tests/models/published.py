@@ -129,7 +129,8 @@ def sdcnv3(
             ids = embed(state["items.categoricals.0.weight"], catalog.categorical_IG[hist_BL][..., 0])
             fields.append(masked_mean(ids, hist_BL != 0))
         if schema.vector is not None and schema.vector.name not in config.exclude:
-            projected = catalog.vector_IE[hist_BL] @ state["items.project.weight"].T
+            weight = state["items.project.weight"]
+            projected = catalog.vector_IE[hist_BL].to(weight.dtype) @ weight.T
             fields.append(masked_mean(projected, hist_BL != 0))
     heads = []
     for h in range(config.heads):

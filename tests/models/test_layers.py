@@ -46,6 +46,18 @@ def test_parts_of_a_batch_get_their_rows_of_the_whole_mask():
     assert torch.equal(keep_mask(x, 0.4), whole)
 
 
+def test_a_part_within_a_part_gives_back_what_was_before():
+    x = torch.zeros(2, 5)
+    torch.manual_seed(1)
+    with part_of_batch(3, 7):
+        wanted = keep_mask(x, 0.4)
+    torch.manual_seed(1)
+    with part_of_batch(3, 7):
+        with part_of_batch(0, 2):
+            pass
+        assert torch.equal(keep_mask(x, 0.4), wanted)
+
+
 def test_does_nothing_in_eval_mode_or_at_rate_zero():
     x = torch.randn(5)
     assert dropout(x, 0.4, False) is x
