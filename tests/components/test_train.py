@@ -563,13 +563,15 @@ def test_a_compiled_model_learns_the_same(run, config, dropless, model) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model", sorted(FAMILIES))
-def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, monkeypatch, model) -> None:
-    run(config(model), "cpu", model)
+def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkeypatch, model) -> None:
+    """Without dropout: other masks alone move these AUCs by 0.05."""
+    asked = config(model, network=dropless[model])
+    run(asked, "cpu", model)
     for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}.items():
-        run(config(model, device="cuda", **changes), name, model)
-        assert valid_auc(run, name) == pytest.approx(valid_auc(run, "cpu"), abs=0.03)
+        run(replace(asked, device="cuda", **changes), name, model)
+        assert valid_auc(run, name) == pytest.approx(valid_auc(run, "cpu"), abs=0.02)
     monkeypatch.setattr(train, "fits", lambda *_: False)
-    run(config(model, device="cuda"), "streamed", model)
+    run(replace(asked, device="cuda"), "streamed", model)
     assert valid_auc(run, "streamed") == pytest.approx(valid_auc(run, "fp32"), abs=0.01)
 
 
