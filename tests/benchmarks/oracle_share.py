@@ -48,12 +48,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qin": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-4},
     "sdcnv3": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-5},
 }
-PRESET = {"qin": "qin/microlens", "sdcnv3": "sdcnv3/criteo"}
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "qin": {"batch_size": 8192, "lr": 0.002, "embedding_l2": 1e-5},
-    "sdcnv3": {"batch_size": 4096, "lr": 0.001, "embedding_l2": 1e-5},
-}
 NETWORK: dict[str, dict[str, Any]] = {"qin": {"layers": 3, "rows": 3, "exclude": []}, "sdcnv3": {"dim": 32}}
+PUBLISHED = {"qin": "qin/microlens", "sdcnv3": "sdcnv3/criteo"}
 
 
 def main() -> None:
@@ -67,7 +63,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="on cuda steps are compiled")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument(
-        "--published", action="store_true", help="the published networks of QIN (MicroLens) and SDCNv3 (Criteo)"
+        "--published", action="store_true", help=f"the networks, batches and rates of {', '.join(PUBLISHED.values())}"
     )
     asked = parser.parse_args()
 
@@ -83,8 +79,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = build(source, *frame(), Path(scratch))
         for name, precision, seed in product(asked.model, asked.precision, asked.seed):
-            config = settings(f"train.{name}", TrainConfig, **SHARED, **(PUBLISHED if asked.published else OWN)[name])
-            network = registry.PRESETS[PRESET[name]] if asked.published else config.network | NETWORK[name]
+            config = settings(f"train.{name}", TrainConfig, **SHARED, **OWN[name])
+            network = config.network | NETWORK[name]
+            if asked.published:
+                network, trained = registry.PRESETS[PUBLISHED[name]], registry.TRAINING[PUBLISHED[name]]
+                config = replace(config, batch_size=trained["batch_size"], lr=trained["lr"], embedding_l2=1e-5)
             compiled = asked.device != "cpu"
             config = replace(
                 config, network=network, seed=seed, device=asked.device, precision=precision, compile=compiled

@@ -575,6 +575,31 @@ def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkey
     assert valid_auc(run, "streamed") == pytest.approx(valid_auc(run, "fp32"), abs=0.01)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu_goes_on_where_it_was_killed(run, config, dropless, monkeypatch, capsys) -> None:
+    """The optimizer that is loaded has another tensor for its rate: the graph is recorded after that."""
+    asked, real, calls = config(network=dropless["qin"], device="cuda", compile=True), train.Step.__call__, 0
+
+    def killed(step: train.Step, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 30:
+            raise KeyboardInterrupt
+        return real(step, *arguments)
+
+    run(asked, "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Step, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(asked, "cut")
+    run(asked, "cut")
+    assert "goes on after epoch" in capsys.readouterr().out
+    whole, cut = run.history("whole"), run.history("cut")
+    assert [line["lr"] for line in cut] == [line["lr"] for line in whole]
+    assert valid_auc(run, "cut") == pytest.approx(valid_auc(run, "whole"), abs=0.02)
+
+
 # ---- what goes wrong --------------------------------------------------------------------------------------------
 
 
