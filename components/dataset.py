@@ -125,14 +125,15 @@ class Dataset:
         return self._widen(self._gather(rows))
 
     def fetched(self, chunks: Iterable[Tensor | slice]) -> Iterator[list[Tensor]]:
-        """For each chunk of rows, what `arranged` makes a batch of: the indices or, where the dataset streams, columns.
+        """For each chunk of rows, what `arranged` makes a batch of: its indices or, where the dataset streams, columns.
 
         A thread gathers those while the batch before is in use. To a CUDA device they also cross meanwhile, from pinned
         memory and on a stream of their own.
         """
         if not self.streams:
             for rows in chunks:
-                yield [rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=self.device)]
+                assert isinstance(rows, Tensor)  # a CUDA graph reads them from where they lie
+                yield [rows]
             return
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with ThreadPoolExecutor(1) as thread:
@@ -153,7 +154,7 @@ class Dataset:
 
     def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
         """A batch for each chunk of rows, fetched ahead where the dataset streams."""
-        return map(self.arranged, self.fetched(chunks))
+        return map(self.arranged, self.fetched(chunks)) if self.streams else map(self.batch, chunks)
 
     def _gather(self, rows: Tensor | slice, side: torch.cuda.Stream | None = None) -> list[Tensor]:
         """The batch's columns, as narrow as they lie, on the device; through pinned memory where on a side stream."""

@@ -119,8 +119,11 @@ def gathered_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tens
 
 
 def _device_pool() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """What pools off the CPU: the kernels in pointer_pool.py where torch has CUDA and Triton, else `gathered_pool`."""
-    if torch.version.cuda is not None:
+    """What pools off the CPU: the kernels in pointer_pool.py where there are CUDA and Triton, else `gathered_pool`.
+
+    Importing Triton takes time, which a server without a GPU is spared whatever its torch was built for.
+    """
+    if torch.version.cuda is not None and torch.cuda.is_available():
         with suppress(ImportError):
             from models.pointer_pool import pointer_pool
 

@@ -33,7 +33,7 @@ def peak(batch: int, history: int = 64, published: bool = False) -> int:
     """Bytes of a step, the second one: Adam's moments are there by then."""
     data = microlens(batch, history)
     training = Training("qin/microlens", data, device="cpu", precision="fp32")
-    step = published_step(training) if published else lambda: training.step(slice(0, batch))
+    step = published_step(training) if published else lambda: training.step(torch.arange(batch))
     step()
     training.state.optimizer.zero_grad()
     return most(step)
@@ -43,7 +43,7 @@ def epoch_peak(rows: int) -> int:
     """Bytes of an epoch of so many rows, these included."""
     data = ml_1m(rows)
     training = Training("sdcnv3/ml-1m", data, device="cpu", precision="fp32", batch_size=4096)
-    training.step(slice(0, 4096))
+    training.step(torch.arange(4096))
     training.state.optimizer.zero_grad()
     return data.row_bytes + most(training.epoch)
 

@@ -47,10 +47,10 @@ class Training:
         self.state = State(Path(), "", self.model, adam(config, self.model), config)
         self.run = Step(config, self.state, data, Ranks())
 
-    def step(self, rows: Tensor | slice) -> Tensor:
-        """The batch is gathered, as in an epoch. Returns its loss."""
+    def step(self, rows: Tensor) -> Tensor:
+        """On a batch of these rows, which is gathered, as in an epoch. Returns its loss."""
         (fetched,) = self.data.fetched([rows])
-        return self.run(fetched, len(self.data.columns["label"][rows]))
+        return self.run(fetched, len(rows))
 
     def epoch(self) -> float:
         """All rows, in an order of its own. Returns their mean loss."""
@@ -72,7 +72,7 @@ class Published:
         self.named = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.optimizer = torch.optim.Adam(self.model.parameters(), self.trained["lr"])
 
-    def step(self, rows: Tensor | slice) -> Tensor:
+    def step(self, rows: Tensor) -> Tensor:
         """Returns the batch's loss."""
         data, batch = self.data, self.data.batch(rows)
         hist_BL = history_rows(data.click_log, batch.start_B, batch.end_B, data.schema.history_length)
