@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
 from bento import MAX_BODY_BYTES, MAX_HISTORY, MODEL, SERVING
-from bento.features import OnlineFeatures, UserRow, feast_reader
 from bento.scorer import Scorer
+from bento.store import OnlineFeatures, UserRow, feast_reader
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

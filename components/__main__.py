@@ -42,7 +42,7 @@ class Stage(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        configs = [v for k, v in vars(import_module(f"components.{self.name}")).items() if k.endswith("Config")]
+        configs = [v for k, v in vars(import_module(f"components.{ROOM[str(self.name)]}.{self.name}")).items() if k.endswith("Config")]
         print(" Keys in params.yaml:\n")
         for config in configs:
             print(textwrap.indent(f"{config.__name__}\n{inspect.getdoc(config)}\n", "   "))
@@ -67,8 +67,8 @@ DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or 
 @app.command(cls=Stage)
 def ingest(output: Output, params: Params = PARAMS) -> None:
     """The configured source's raw files -> canonical events by day, users, items, modalities."""
-    from components import ingest as step
-    from components.config import load
+    from components.common.config import load
+    from components.data import ingest as step
 
     facts = step.run(load(params, "ingest", step.IngestConfig), output)
     _say(facts, "impressions", "label_rate", "days", "first_day", "last_day", "users", "items", "oracle_auc")
@@ -82,8 +82,8 @@ def validate(
     params: Params = PARAMS,
 ) -> None:
     """Great Expectations judges the canonical data; a broken contract ends the run with the rows that broke it."""
-    from components import validate as step
-    from components.config import load
+    from components.common.config import load
+    from components.data import validate as step
 
     report = step.run(load(params, "validate", step.ValidateConfig), canonical, output, docs)
     kept = sum(rule["passed"] for rule in report["rules"])
@@ -93,9 +93,9 @@ def validate(
 @app.command(cls=Stage)
 def embed(canonical: Canonical, validation: Validation, output: Output, params: Params = PARAMS) -> None:
     """Text and image -> one fused vector an item, with the fit that made it."""
-    from components import embed as step
-    from components.config import load
-    from components.splits import SplitConfig
+    from components.common.config import load
+    from components.common.splits import SplitConfig
+    from components.features import embed as step
 
     config, split = load(params, "embed", step.EmbedConfig), load(params, "split", SplitConfig)
     _say(step.run(config, split, canonical, validation, output), "items", "dim", "explained_variance", "missing")
@@ -111,8 +111,8 @@ def features(
     params: Params = PARAMS,
 ) -> None:
     """Feast's sources, `feast apply`, materialization into the online store, read back and compared."""
-    from components import features as step
-    from components.config import load
+    from components.common.config import load
+    from components.features import features as step
 
     config = load(params, "features", step.FeaturesConfig)
     receipt = step.run(config, canonical, validation, embedding, repo, output)
@@ -124,9 +124,9 @@ def dataset(
     canonical: Canonical, features: Features, repo: Repo, output: Output, params: Params = PARAMS
 ) -> None:  # fmt: skip
     """Feast's point-in-time join -> training arrays, schema, vocabularies, item catalog."""
-    from components import dataset as step
-    from components.config import load
-    from components.splits import SplitConfig
+    from components.common.config import load
+    from components.common.splits import SplitConfig
+    from components.features import dataset as step
 
     config, split = load(params, "dataset", step.DatasetConfig), load(params, "split", SplitConfig)
     _say(step.run(config, split, canonical, features, repo, output), "splits", "label_rate", "bytes_per_row")
@@ -135,8 +135,8 @@ def dataset(
 @app.command(cls=Stage)
 def start(champion: Champion, output: Output, params: Params = PARAMS) -> None:
     """What training begins from: nothing, or the champion's weights for models with a warm start."""
-    from components import start as step
-    from components.config import load
+    from components.common.config import load
+    from components.training import start as step
 
     for model, version in step.run(load(params, "start", step.StartConfig), champion, output).items():
         console.print(f"{model}: {f'a warm start from {version}' if version else 'a cold start'}")
@@ -153,8 +153,8 @@ def train(
     params: Params = PARAMS,
 ) -> None:
     """One ranker: early stopping on the valid days, resumed where it was stopped. Also under torchrun."""
-    from components import train as step
-    from components.config import load
+    from components.common.config import load
+    from components.training import train as step
 
     config = load(params, f"train.{model}", step.TrainConfig)
     found = step.run(config, model, dataset, weights, output, metrics, history)
@@ -171,8 +171,8 @@ def evaluate(
     params: Params = PARAMS,
 ) -> None:
     """The ranker on the test days, whole and by slice, beside the oracle and the champion."""
-    from components import evaluate as step
-    from components.config import load
+    from components.common.config import load
+    from components.release import evaluate as step
 
     found = step.run(load(params, "evaluate", step.EvaluateConfig), model, checkpoint, dataset, champion, output)
     _say(found["test"], "auc", "group_auc", "logloss", "calibration_error", "oracle_auc")
@@ -188,8 +188,8 @@ def gate(
     params: Params = PARAMS,
 ) -> None:
     """Rules and champion -> decision.json, which names the bytes that were judged. A rejection is no failure."""
-    from components import gate as step
-    from components.config import load
+    from components.common.config import load
+    from components.release import gate as step
 
     config = load(params, "gate", step.GateConfig)
     decision = step.run(config, evaluations, checkpoints, dataset, champion, output)
@@ -208,8 +208,8 @@ def package(
     params: Params = PARAMS,
 ) -> None:
     """The approved checkpoint -> a Bento with golden requests; nothing where the gate said no."""
-    from components import package as step
-    from components.config import load
+    from components.common.config import load
+    from components.release import package as step
 
     config = load(params, "package", step.PackageConfig)
     built = step.run(config, decision, checkpoints, dataset, features, output)
@@ -224,8 +224,8 @@ def smoke(
     params: Params = PARAMS,
 ) -> None:
     """The Bento, served on loopback: readiness, golden scores, refusals, latency."""
-    from components import smoke as step
-    from components.config import load
+    from components.common.config import load
+    from components.release import smoke as step
 
     found = step.run(load(params, "smoke", step.SmokeConfig), package, repo, output)
     _say(found, "served", "golden", "refused", "latency_ms", "memory_mib")
@@ -237,9 +237,9 @@ def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
 
     Where `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
     """
-    from components import push as step
-    from components.config import load
-    from components.features import FeaturesConfig
+    from components.common.config import load
+    from components.features.features import FeaturesConfig
+    from components.operations import push as step
 
     console.print(f"pushed {step.run(load(params, 'features', FeaturesConfig), repo):,} clicks")
 
@@ -257,9 +257,9 @@ def replay(
 
     The store is made anew, for each impression, of what was known at its moment, and read as the server reads.
     """
-    from components import replay as step
-    from components.config import load
-    from components.features import FeaturesConfig
+    from components.common.config import load
+    from components.features.features import FeaturesConfig
+    from components.operations import replay as step
 
     config = load(params, "features", FeaturesConfig)
     if step.run(config, canonical, features, repo, rows=rows, seed=seed):
@@ -269,7 +269,7 @@ def replay(
 @app.command()
 def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("artifacts/report.html")) -> None:
     """What the last run found, as a table here and as a page with plots."""
-    from components import report as step
+    from components.operations import report as step
 
     step.run(Path(), output)
 
@@ -281,7 +281,7 @@ def use(
     params: Params = PARAMS,
 ) -> None:
     """Point the pipeline at a source: checks it, and writes ingest.source and ingest.raw of params.yaml."""
-    from components import sources
+    from components.data import sources
 
     sources.use(source, raw, params)
 
@@ -293,7 +293,7 @@ def promote(
     champion: Champion = Path("champion.json"),
 ) -> None:
     """Make the packaged model the champion: a version and a stage as git tags (GTO), and champion.json."""
-    from components import champion as step
+    from components.release import registry as step
 
     console.print(step.promote(package, smoke, champion))
 
@@ -304,7 +304,7 @@ def rollback(
     champion: Champion = Path("champion.json"),
 ) -> None:
     """Make an earlier version the champion again."""
-    from components import champion as step
+    from components.release import registry as step
 
     console.print(step.rollback(version, champion))
 
@@ -335,7 +335,7 @@ def _measured(name: str) -> Iterator[None]:
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     peak = max(own, children) / 1024
     console.print(f"{name}: {seconds:.1f} s, {peak:,.0f} MiB at most", style="green")
-    from components.artifacts import write_json
+    from components.common.artifacts import write_json
 
     write_json(Path(".scratch/stages") / f"{name}.json", {"seconds": round(seconds, 1), "peak_mib": round(peak)})
 

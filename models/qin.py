@@ -125,7 +125,7 @@ def _device_pool() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """
     if torch.version.cuda is not None and torch.cuda.is_available():
         with suppress(ImportError):
-            from models.pointer_pool import pointer_pool
+            from models.kernels.pointer_pool import pointer_pool
 
             return pointer_pool
     return gathered_pool

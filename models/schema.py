@@ -68,7 +68,7 @@ class Feature:
 def bucket(number: float) -> str | None:
     """The categorical value of a number: floor(ln(x)²) above 2, else whole x; None where it is not finite.
 
-    The Criteo challenge's own; `components/sources/files.py` has it in SQL.
+    The Criteo challenge's own; `components/data/sources/files.py` has it in SQL.
     """
     return str(int(log(number) ** 2 if number > 2 else number)) if -(2**63) <= number < inf else None
 
@@ -76,7 +76,7 @@ def bucket(number: float) -> str | None:
 def trimmed(text: str) -> str | None:
     """The value of a text: without the spaces around it; None where nothing is left.
 
-    `components/sources/files.py` has it in SQL, whose spaces are Unicode's Zs: tabs and line ends are none.
+    `components/data/sources/files.py` has it in SQL, whose spaces are Unicode's Zs: tabs and line ends are none.
     """
     return text.strip(SPACES) or None
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.cross_step import CrossStep, kernels
+from models.kernels.cross_step import CrossStep, kernels
 from models.layers import (
     ImpressionFields,
     ItemTower,
@@ -92,7 +92,7 @@ def cross_step(
 ) -> Tensor:
     """x ← keep ⊙ (y ⊙ g + x), g = [c ‖ c ⊙ ReLU(LayerNorm c)] + b;  y is x_1, or x where `first` is None.
 
-    `keep` is a dropout mask or None. Training on a CPU runs the same in C (`models.cross_step`).
+    `keep` is a dropout mask or None. Training on a CPU runs the same in C (`models.kernels.cross_step`).
     """
     normal_BHK = c_BHK if norm is None else norm(c_BHK)
     gate_BHD = torch.cat((c_BHK, c_BHK * normal_BHK.relu()), -1) + bias_D

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).resolve().parents[1]
 
 TINY = {
     "ingest.source": "simulator",
-    "ingest.raw": "components/sources/simulator.py",
+    "ingest.raw": "components/data/sources/simulator.py",
     "ingest.until": None,
     "ingest.simulator.days": 6,
     "ingest.simulator.users": 300,

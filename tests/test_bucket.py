@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.artifacts import folder_hash
-from components.contracts import Canonical
+from components.common.artifacts import folder_hash
+from components.common.contracts import Canonical
 
 if TYPE_CHECKING:
     from tests.conftest import Project

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from components import champion
-from components.artifacts import folder_hash
+from components.common.artifacts import folder_hash
+from components.release import registry as champion
 from models.registry import checkpoint_hash
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize(
-    ("module", "needed"), [("components.train", {"components", "pyarrow"}), ("models.registry", set())]
+    ("module", "needed"), [("components.training.train", {"components", "pyarrow"}), ("models.registry", set())]
 )
 def test_training_needs_few_packages(module, needed) -> None:
     """A GPU machine has torch, numpy, pyarrow, safetensors and tqdm; the rest is refused here as if it were absent."""
@@ -91,11 +91,14 @@ import {module}
 
 # What a module takes from another does not reach what these stages write, and its edits should not run them again.
 NOT_REACHED = {
-    ("components/validate.py", "components/ingest.py"): "parse_time alone, and in validate alone",
-    ("components/ingest.py", "components/pictures.py"): "the copy of pictures, which validate does not make",
-    ("components/features.py", "components/validate.py"): "require, which the features stage calls first",
-    ("components/dataset.py", "components/contracts.py"): "names, for the join; a dataset is opened without them",
-    ("components/dataset.py", "components/splits.py"): "for the join; a dataset is opened without them",
+    ("components/data/validate.py", "components/data/ingest.py"): "parse_time alone, and in validate alone",
+    ("components/data/ingest.py", "components/data/pictures.py"): "the copy of pictures, which validate does not make",
+    ("components/features/features.py", "components/data/validate.py"): "require, which the features stage calls first",
+    (
+        "components/features/dataset.py",
+        "components/common/contracts.py",
+    ): "names, for the join; a dataset is opened without them",
+    ("components/features/dataset.py", "components/common/splits.py"): "for the join; a dataset is opened without them",
     # the families: encoders and hashes need none; who builds one declares all of models/
     ("models/registry.py", "models/layers.py"): "Ranker",
     ("models/registry.py", "models/qin.py"): "a family",
@@ -138,20 +141,20 @@ def test_a_stage_depends_on_the_code_that_it_runs(stage) -> None:
     deps = STAGES[stage]["deps"]
     missing = {file: importer for file, importer in reached(stage).items() if not covers(deps, file)}
     assert not missing, f"dvc.yaml, {stage}: deps lack {missing}"
-    assert covers(deps, "components/config.py")  # the command line reads its section with it
+    assert covers(deps, "components/common/config.py")  # the command line reads its section with it
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_no_code_that_it_does_not_run(stage) -> None:
     """A dep too many runs a stage, and all after it, for nothing."""
-    known = {*reached(stage), "components/config.py"}
+    known = {*reached(stage), "components/common/config.py"}
     idle = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py") and dep.startswith("components") and
             dep not in known]  # fmt: skip
     assert not idle
 
 
 def test_who_builds_models_depends_on_all_of_them() -> None:
-    builders = {stage for stage in STAGES if "components/dataset.py" in reached(stage) and stage != "dataset"}
+    builders = {stage for stage in STAGES if "components/features/dataset.py" in reached(stage) and stage != "dataset"}
     assert builders == BUILD_MODELS
     for stage in BUILD_MODELS:
         assert "models" in STAGES[stage]["deps"]

@@ -19,7 +19,7 @@ DOCS, MARK = ROOT / "docs" / "faults.md", "| fault | caught by | and by |\n"
 
 
 def main() -> None:
-    from tests.components.faults import Corpus, table_of_faults
+    from tests.components.data.faults import Corpus, table_of_faults
 
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:

@@ -56,9 +56,9 @@ def measure(kind: str, root: Path) -> dict[str, list[float]]:
 
     import numpy as np
 
-    from bento.features import feast_reader
-    from components import features
-    from components.push import Click, push
+    from bento.store import feast_reader
+    from components.features import features
+    from components.operations.push import Click, push
 
     rng = np.random.default_rng(7)
     repo = make_repo(kind, root, rng)
@@ -120,8 +120,8 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     import pyarrow.parquet as pq
     import yaml
 
-    from components.contracts import UTC
-    from components.features import SOURCES
+    from components.common.contracts import UTC
+    from components.features.features import SOURCES
 
     sources = root / "data" / "features" / "sources"
     sources.mkdir(parents=True)

@@ -50,8 +50,8 @@ def make_world(root: Path, rows: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from components import features
-    from components.contracts import UTC, Canonical, write_days
+    from components.common.contracts import UTC, Canonical, write_days
+    from components.features import features
 
     rng = np.random.default_rng(7)
     mass = np.arange(1, ITEMS + 1) ** -0.8
@@ -87,9 +87,9 @@ def joined(root: Path, join: str) -> list[float]:
     """Seconds of the rounds of one join: feast, own (Feast's own DuckDB store) or hand."""
     import duckdb
 
-    from components.contracts import Canonical
-    from components.dataset import point_in_time
-    from components.features import feature_store
+    from components.common.contracts import Canonical
+    from components.features.dataset import point_in_time
+    from components.features.features import feature_store
 
     names = ["user_id", "item_id", "event_timestamp"]
     rows = Canonical(root / "canonical").events().select(["user_id", "item_id", "timestamp"]).rename_columns(names)

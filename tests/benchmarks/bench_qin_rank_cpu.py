@@ -11,11 +11,11 @@ from harness import one_thread, report, seconds
 one_thread()
 
 import torch  # noqa: E402 - one thread first
-from published import qin as published_qin  # noqa: E402
 from worlds import microlens  # noqa: E402
 
 from models.qin import QIN, QINConfig  # noqa: E402
 from models.schema import history_rows  # noqa: E402
+from tests.models.published import qin as published_qin  # noqa: E402
 
 CANDIDATES, SQUARE = 512, 2048
 

@@ -12,7 +12,6 @@ from harness import one_thread, report, seconds
 one_thread()
 
 import torch  # noqa: E402 - one thread first
-from published import sdcnv3 as published_sdcnv3  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from worlds import Training, ml_1m, native_bf16  # noqa: E402
@@ -21,6 +20,7 @@ from models.losses import tri_bce  # noqa: E402
 from models.registry import TRAINING  # noqa: E402
 from models.schema import Batch, Catalog, Logits  # noqa: E402
 from models.sdcnv3 import SDCNv3, SDCNv3Config  # noqa: E402
+from tests.models.published import sdcnv3 as published_sdcnv3  # noqa: E402
 
 TRAINED = TRAINING["sdcnv3/ml-1m"]
 BATCH = TRAINED["batch_size"]

@@ -8,7 +8,7 @@ from harness import one_thread, report
 
 one_thread()
 
-from components.sources.simulator import SimulatorConfig, World  # noqa: E402 - one thread, and this project's code
+from components.data.sources.simulator import SimulatorConfig, World  # noqa: E402 - one thread, and this project's code
 
 GOAL = 1_000_000  # impressions a second: an hour of a large site while a person waits
 ROUNDS = 7

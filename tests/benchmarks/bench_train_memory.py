@@ -19,12 +19,12 @@ from harness import one_thread, report
 one_thread()
 
 import torch  # noqa: E402 - one thread first
-from published import qin  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from worlds import Training, microlens, ml_1m  # noqa: E402
 
 from models.qin import QINConfig  # noqa: E402
 from models.schema import history_rows  # noqa: E402
+from tests.models.published import qin  # noqa: E402
 
 BATCHES, HISTORIES, ROWS, GOAL = (1024, 2048, 4096), (48, 144, 240), (100_000, 200_000, 400_000), 25
 

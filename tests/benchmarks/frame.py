@@ -20,13 +20,15 @@ import numpy as np  # noqa: E402 - one thread first, and this project's code
 import torch  # noqa: E402
 from sklearn.metrics import log_loss, roc_auc_score  # noqa: E402
 
-from components import dataset, embed, features, ingest, train, validate  # noqa: E402
-from components.config import load  # noqa: E402
-from components.dataset import Dataset, DatasetConfig  # noqa: E402
-from components.evaluate import group_auc  # noqa: E402
-from components.features import FeaturesConfig  # noqa: E402
-from components.parallel import Ranks  # noqa: E402
-from components.splits import SplitConfig  # noqa: E402
+from components.common.config import load  # noqa: E402
+from components.common.splits import SplitConfig  # noqa: E402
+from components.data import ingest, validate  # noqa: E402
+from components.features import dataset, embed, features  # noqa: E402
+from components.features.dataset import Dataset, DatasetConfig  # noqa: E402
+from components.features.features import FeaturesConfig  # noqa: E402
+from components.release.evaluate import group_auc  # noqa: E402
+from components.training import train  # noqa: E402
+from components.training.parallel import Ranks  # noqa: E402
 from models.layers import Ranker  # noqa: E402
 from models.schema import Schema  # noqa: E402
 

@@ -26,10 +26,10 @@ from harness import machine
 from rich.console import Console
 from rich.table import Table
 
-from components.dataset import Dataset, DatasetConfig
-from components.features import FeaturesConfig
-from components.ingest import IngestConfig
-from components.train import TrainConfig
+from components.data.ingest import IngestConfig
+from components.features.dataset import Dataset, DatasetConfig
+from components.features.features import FeaturesConfig
+from components.training.train import TrainConfig
 from models import registry
 from models.layers import Ranker
 from models.schema import Schema

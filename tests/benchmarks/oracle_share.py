@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from components.contracts import ORACLE
-from components.dataset import Dataset, DatasetConfig
-from components.features import FeaturesConfig
-from components.ingest import IngestConfig
-from components.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
-from components.train import PRECISIONS, TrainConfig
+from components.common.contracts import ORACLE
+from components.data.ingest import IngestConfig
+from components.data.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
+from components.features.dataset import Dataset, DatasetConfig
+from components.features.features import FeaturesConfig
+from components.training.train import PRECISIONS, TrainConfig
 from models import registry
 
 A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items
@@ -107,7 +107,7 @@ def main() -> None:
 
 def world(impressions: int, sharpness: float) -> IngestConfig:
     """The demo's laws at another size."""
-    code = str(ROOT / "components/sources/simulator.py")
+    code = str(ROOT / "components/data/sources/simulator.py")
     source = settings("ingest", IngestConfig, source="simulator", raw=code, until=None)
     simulator = replace(
         source.simulator,

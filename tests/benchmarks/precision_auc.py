@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from harness import ROOT, report
 
-from components import train
-from components.config import load
-from components.dataset import Dataset
-from components.parallel import Ranks
+from components.common.config import load
+from components.features.dataset import Dataset
+from components.training import train
+from components.training.parallel import Ranks
 from models.registry import build
 
 

@@ -9,19 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import published
 import torch
 from harness import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from components.config import load
-from components.dataset import Dataset
-from components.parallel import Ranks
-from components.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
+from components.common.config import load
+from components.features.dataset import Dataset
+from components.training.parallel import Ranks
+from components.training.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
 from models.losses import tri_bce
 from models.registry import PRESETS, TRAINING, build, network_config
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Logits, Schema, history_rows
+from tests.models import published
 
 # MicroLens_1M_x1 as the published run of QIN reads it
 ITEMS, TAGS, TAGS_OF_AN_ITEM, VECTOR, HISTORY = 91_718, 11_740, 5, 128, 64

@@ -14,8 +14,8 @@ import pytest
 from feast import FeatureStore
 from feast.infra.registry import registry
 
-from bento import features
-from bento.features import OnlineFeatures, feast_reader
+from bento import store
+from bento.store import OnlineFeatures, feast_reader
 from tests.bento.world import ITEM_IDS, USER_IDS, World, end_run, fill_store, make_store, make_world
 
 USER = USER_IDS[3]
@@ -95,7 +95,7 @@ def test_a_store_that_comes_up_after_the_server_is_tried_again(
         for _ in range(3):
             assert online.read(USER).reason == "store_unavailable"
         assert sum("cannot be opened" in message for message in caplog.messages) == 1
-    clock = features.AGAIN
+    clock = store.AGAIN
     assert online.read(USER).history
 
 

@@ -22,8 +22,8 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 from starlette.testclient import TestClient
 
 from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_HISTORY, SERVING, service
-from bento.features import THREADS, OnlineFeatures, feast_reader
 from bento.scorer import Scorer
+from bento.store import THREADS, OnlineFeatures, feast_reader
 from tests.bento.world import ITEM_IDS, NOT_AN_ITEM, make_world
 
 MAX_CANDIDATES = 40

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from components.artifacts import file_hash
+from components.common.artifacts import file_hash
 from models.registry import Checkpoint, build, checkpoint_hash, save, save_encoder
 from models.schema import PADDING, SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 
@@ -196,7 +196,7 @@ def make_store(world: World) -> Path:
 
 def fill_store(world: World, repo: Path) -> None:
     """What `features` does once the sources are written."""
-    from components.features import apply, feature_store
+    from components.features.features import apply, feature_store
 
     with feature_store(repo) as store:
         apply(store, world.features)

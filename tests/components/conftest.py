@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from components.artifacts import file_hash
-from components.dataset import UNSEEN, encode_column, unseen
+from components.common.artifacts import file_hash
+from components.features.dataset import UNSEEN, encode_column, unseen
 from models.registry import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 

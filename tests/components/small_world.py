@@ -15,19 +15,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from components import embed, ingest, sources, validate
-from components.artifacts import folder_hash, write_json
-from components.contracts import ARRIVAL
-from components.contracts import UTC as TIMESTAMP
-from components.dataset import Dataset
-from components.embed import EmbedConfig
-from components.features import FeaturesConfig
-from components.ingest import IngestConfig
-from components.sources import SIMULATOR_RAW, RawTables
-from components.sources.files import FilesConfig, TableConfig
-from components.sources.simulator import SimulatorConfig
-from components.splits import SplitConfig
-from components.validate import ValidateConfig
+from components.common.artifacts import folder_hash, write_json
+from components.common.contracts import ARRIVAL
+from components.common.contracts import UTC as TIMESTAMP
+from components.common.splits import SplitConfig
+from components.data import ingest, sources, validate
+from components.data.ingest import IngestConfig
+from components.data.sources import SIMULATOR_RAW, RawTables
+from components.data.sources.files import FilesConfig, TableConfig
+from components.data.sources.simulator import SimulatorConfig
+from components.data.validate import ValidateConfig
+from components.features import embed
+from components.features.dataset import Dataset
+from components.features.embed import EmbedConfig
+from components.features.features import FeaturesConfig
 from models.metrics import auc
 from models.registry import build
 

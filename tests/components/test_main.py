@@ -181,7 +181,7 @@ def test_a_stage_notes_its_cost_and_a_failed_one_does_not(tmp_path, monkeypatch,
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path, monkeypatch) -> None:
-    from components import gate as step
+    from components.release import gate as step
 
     def broken(*_: object) -> None:
         raise KeyError("ours")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import histories
-from published import qin as published_qin
 
 from models.layers import distinct_rows, dropout
 from models.qin import QIN, PointerPool, QINConfig, SparseTargetAttention, gathered_pool
 from models.registry import build
 from models.schema import PADDING
+from tests.models.published import histories
+from tests.models.published import qin as published_qin
 
 SMALL = {"dim": 4, "attention_dim": 6, "layers": 2, "rows": 3}
 

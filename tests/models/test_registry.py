@@ -84,9 +84,9 @@ def test_a_loaded_checkpoint_saves_as_the_same_bytes(saved, tmp_path):
 def test_the_same_inputs_give_the_same_bytes_in_another_process(checkpoint_of, tmp_path):
     registry.save(tmp_path / "here", checkpoint_of("sdcnv3"))
     program = f"""
-import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
+import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
 from pathlib import Path
-from conftest import random_world, shake
+from tests.models.conftest import random_world, shake
 from models import registry
 import torch
 world, network = random_world(dtype=torch.float32), {NETWORKS["sdcnv3"]!r}

@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published import histories
-from published import sdcnv3 as published_sdcnv3
 from torch.nn import functional as F  # noqa: N812
 
 from models import sdcnv3
 from models.layers import dropout
 from models.schema import Feature, Schema
 from models.sdcnv3 import SDCNv3, SDCNv3Config
+from tests.models.published import histories
+from tests.models.published import sdcnv3 as published_sdcnv3
 
 SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
 STILL = {"deep_dropout": 0.0, "shallow_dropout": 0.0}

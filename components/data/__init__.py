@@ -1,0 +1,1 @@
+"""From raw files to canonical data that passed validation."""

@@ -1,0 +1,170 @@
+"""The contract as Great Expectations suites: one function a table, a rule a line.
+
+STOP        the run ends
+QUARANTINE  rows were left out, each with its reason in canonical/quarantine; the run goes on without them. It is ingest
+            that leaves them out, before anything reads them, so that every later step sees the same rows, and that
+            stops where they are more than `ingest.max_rejected`. Here the rows that stayed are held to the same rule
+            with STOP: whatever came past ingest goes no further
+WARN        logged, and in the report
+
+The columns that are not of the data itself (`item_is_known`, `off`, …) are made by `frames`, so that a rule stays a
+plain statement on a column. A rule on `off` is learnt: the figure lies no farther from the median of those that it is
+beside than `frames.FLOORS`, `validate.spreads` of their spread (median absolute deviation), and chance allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC as ZONE
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import great_expectations.expectations as gxe
+from great_expectations.expectations import Expectation
+from great_expectations.expectations.metadata_types import FailureSeverity
+from great_expectations.expectations.row_conditions import Column
+
+if TYPE_CHECKING:
+    from components.data.validate import ValidateConfig
+
+STOP, QUARANTINE, WARN = FailureSeverity.CRITICAL, FailureSeverity.WARNING, FailureSeverity.INFO
+SEVERITIES = {STOP: "stop", QUARANTINE: "quarantine", WARN: "warn"}
+
+
+def is_true(column: str, description: str, severity: FailureSeverity = STOP, mostly: float = 1.0) -> Expectation:
+    return gxe.ExpectColumnValuesToBeInSet(
+        column=column, value_set=[True], description=description, severity=severity, mostly=mostly
+    )
+
+
+def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectation]:
+    latest = until or datetime.now(ZONE)
+    rules: list[Any] = [
+        *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("user_id", "item_id", "timestamp", "label")),
+        gxe.ExpectColumnValuesToBeInSet(column="label", value_set=[0, 1]),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=ZONE), max_value=latest
+        ),
+        is_true("item_is_known", "every event's item_id is in items"),
+        is_true("user_is_known", "every event's user_id is in users"),
+        is_true("is_in_its_day", "an event lies in the partition of its UTC day"),
+        is_true("is_first", "no impression is there twice", WARN, mostly=0.999),  # two in one second can be honest
+        is_true("item_exists", "no event is before its item's created_at", WARN, mostly=0.999),
+        is_true("happened_before_arrival", "no event happens after it arrived: clocks agree", mostly=0.999),
+        gxe.ExpectColumnValuesToBeBetween(column="true_probability", min_value=0, max_value=1),
+    ]
+    return [rule for rule in rules if rule.column in columns]
+
+
+def day_rules(config: ValidateConfig) -> list[Expectation]:
+    return [
+        gxe.ExpectTableRowCountToBeBetween(min_value=1),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="rows_if_judged", min_value=1, description="no day among the newest is empty"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="label_rate", min_value=config.label_rate[0], max_value=config.label_rate[1]
+        ),
+    ]
+
+
+def figure_rules() -> list[Expectation]:
+    return [
+        learnt("volume", "a day has about as many rows as the days before it"),
+        learnt("label_rate", "clicks are about as likely as in the days before"),
+        learnt("repeated", "no day repeats rows: user, item and time of day, of any day"),
+        learnt("hours", "rows spread over the hours as in the days before: no zone is mixed up"),
+        learnt("returning", "about as many rows are of users that were there before: ids mean the same users"),
+        learnt("missing", "a feature is missing about as often as in the days before"),
+        learnt("mix", "a feature's values are about as frequent as in the days before"),
+        learnt("top_user", "no one user makes up a day", WARN),
+        learnt("top_item", "no one item makes up a day", WARN),
+        learnt("late", "about as many rows come a day late as in the days before", WARN),
+    ]
+
+
+def learnt(figure: str, description: str, severity: FailureSeverity = STOP) -> Expectation:
+    """|off| of one figure is at most 1."""
+    return gxe.ExpectColumnValuesToBeBetween(
+        column="off", min_value=-1, max_value=1, row_condition=Column("figure") == figure, meta={"figure": figure},
+        description=description, severity=severity,
+    )  # fmt: skip
+
+
+def column_rules() -> list[Expectation]:
+    return [
+        gxe.ExpectColumnValuesToBeBetween(
+            column="tells_label", max_value=0.7, description="no feature alone gives the label away (Cramér's V)"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="values", min_value=2, description="a feature has more than one value", severity=WARN
+        ),
+    ]
+
+
+def item_rules() -> list[Expectation]:
+    return [
+        gxe.ExpectTableRowCountToBeBetween(min_value=1),
+        *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("item_id", "created_at")),
+        gxe.ExpectColumnValuesToBeUnique(column="item_id"),
+        gxe.ExpectColumnValuesToNotBeNull(column="title", severity=WARN),
+        is_true("is_readable", "texts were decoded as what they are: no “cafÃ©” for “café”", mostly=0.99),
+    ]
+
+
+def user_rules() -> list[Expectation]:
+    return [gxe.ExpectColumnValuesToNotBeNull(column="user_id"), gxe.ExpectColumnValuesToBeUnique(column="user_id")]
+
+
+def vector_rules(name: str) -> list[Expectation]:
+    return [
+        gxe.ExpectColumnValuesToNotBeNull(column="item_id"),
+        gxe.ExpectColumnValuesToBeUnique(column="item_id"),
+        is_true("item_is_known", f"every {name} vector's item_id is in items"),
+        is_true("is_usual_length", f"all {name} vectors have one length"),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="non_finite_values", max_value=0, description=f"no NaN or infinity in a {name} vector"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="norm", min_value=0, strict_min=True, mostly=0.99, description=f"next to no {name} vector is zero"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="norm", min_value=0, strict_min=True, description=f"no {name} vector is all zeros", severity=WARN
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="off", max_value=1, description=f"no {name} vector is so long that it sets the scale of all"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="off", min_value=-1, description=f"no {name} vector is next to nothing", severity=WARN
+        ),
+    ]
+
+
+def cohort_rules(name: str) -> list[Expectation]:
+    return [
+        learnt("no_vector", f"new items have a {name} vector about as often as those before them"),
+        learnt("norm", f"new items' {name} vectors are about as long as those before them"),
+        learnt("direction", f"new items' {name} vectors point about where those before them do"),
+        learnt("directions", f"new items' {name} vectors vary in the directions in which those before them do"),
+    ]
+
+
+def coverage_rules(config: ValidateConfig) -> list[Expectation]:
+    return [
+        gxe.ExpectColumnValuesToBeBetween(column="missing_share", max_value=config.max_missing_share, severity=WARN),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="alike", max_value=0.99, description="vectors differ: they do not all point in one direction"
+        ),
+    ]
+
+
+def freshness_rules(config: ValidateConfig) -> list[Expectation]:
+    return [gxe.ExpectColumnValuesToBeBetween(column="age_hours", max_value=config.max_age_hours)]
+
+
+def quarantine_rules() -> list[Expectation]:
+    return [
+        gxe.ExpectColumnValuesToBeBetween(
+            column="rows", max_value=0, description="ingest left no broken row out", severity=QUARANTINE
+        )
+    ]

@@ -1,0 +1,224 @@
+"""validate: Great Expectations judges the canonical data.
+
+The rules are in `rules.py`, what they judge in `frames.py`: facts that no single row tells (an item is known, a vector
+is finite, a day's volume beside the days before it) are columns there, and a rule is a plain statement on a column.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from components.common.artifacts import folder_hash, new_folder, read_json, write_json
+from components.common.contracts import Canonical
+from components.data.ingest import parse_time
+
+if TYPE_CHECKING:
+    from great_expectations.expectations import Expectation
+
+EXAMPLES = 3
+UNSAID = {"column", "batch_id", "row_condition"}  # of a rule, where its limits are told
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """label_rate         share of clicks that a judged day may have, [low, high]
+    max_age_hours      age of the newest event at ingest.until
+    trailing_days      how many of the newest days that are over are judged, and how many days before a day tell what
+                       is usual; so does the same weekday of earlier weeks
+    spreads            spreads (1.48 × the median absolute deviation) that a figure may lie from the usual one, beyond
+                       the floor of its kind in frames.py
+    min_day_rows       fewer rows say nothing: neither of a day's clicks nor, as the median of the days before, of what
+                       is usual
+    max_missing_share  items without a vector, per modality
+    """
+
+    label_rate: tuple[float, float]
+    max_age_hours: float
+    trailing_days: int
+    spreads: float
+    min_day_rows: int
+    max_missing_share: float
+
+    def __post_init__(self) -> None:
+        low, high = self.label_rate
+        if not 0 <= low < high:
+            raise ValueError(f"label_rate is [{low}, {high}]; it must be [low, high] with 0 <= low < high")
+        if self.trailing_days < 1:
+            raise ValueError(f"trailing_days is {self.trailing_days}; at least 1 day must be judged")
+        if self.spreads < 0:
+            raise ValueError(f"spreads is {self.spreads}; 0 allows the floors alone, 5 is a start")
+
+
+def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> dict[str, Any]:
+    """Judge the canonical folder; write the report and the Data Docs either way.
+
+    Raises ValueError that names table, column and rule, with three example rows, where a rule that stops is broken.
+    """
+    facts = read_json(canonical / "source.json", "ingest")
+    tables = suites(config, Canonical(canonical), facts)
+    verdicts = judge(tables, docs)
+    broken = [v for v in verdicts if not v["passed"] and v["severity"] == "stop"]
+    report = {
+        "passed": not broken,
+        "canonical_sha256": folder_hash(canonical),
+        "rows": {name: len(frame) for name, (frame, _) in tables.items()},
+        "quarantined": facts["broken"],
+        "not_judged": not_judged(Canonical(canonical), tables),
+        "rules": verdicts,
+    }
+    write_json(output, report)
+    for verdict in verdicts:
+        if not verdict["passed"] and verdict["severity"] != "stop":
+            logging.getLogger(__name__).warning("%s: %s", verdict["severity"], describe(verdict))
+    if broken:
+        told = "\n  ".join(describe(verdict) for verdict in broken)
+        raise ValueError(f"{canonical} breaks {len(broken)} rule(s); Data Docs: {docs}/index.html\n  {told}")
+    return report
+
+
+def suites(
+    config: ValidateConfig, data: Canonical, facts: dict[str, Any]
+) -> dict[str, tuple[pd.DataFrame, list[Expectation]]]:
+    """Table -> what is judged, and by which rules. `facts` is source.json."""
+    from components.data import frames, rules
+
+    until = parse_time("until", facts["until"]) if facts["until"] else None
+    items = data.items()
+    since = frames.last_day(data, until) - (config.trailing_days - 1) * frames.DAY
+    tables: dict[str, tuple[pd.DataFrame, list[Expectation]]] = {}
+    for name, table in data.each_modality():  # before the events are in memory
+        vectors = frames.vector_frame(table, items["item_id"], config.spreads)
+        tables[f"modality {name}"] = (vectors, rules.vector_rules(name))
+        tables[f"coverage {name}"] = (frames.coverage_frame(table, items["item_id"]), rules.coverage_rules(config))
+        tables[f"new items {name}"] = (frames.cohort_frame(table, items, since), rules.cohort_rules(name))
+        del table
+    recent = frames.recent_days(data, config, until)
+    events = frames.event_frame(data)
+    broken = frames.quarantine_frame(data.root, facts["broken"], facts["rows"]["read"] - facts["rows"]["later"])
+    tables |= {
+        "events": (events, rules.event_rules(until, events.columns)),
+        "days": (frames.day_frame(recent, config), rules.day_rules(config)),
+        "figures": (frames.figure_frame(recent, data, config), rules.figure_rules()),
+        "columns": (frames.column_frame(recent, data), rules.column_rules()),
+        "items": (frames.item_frame(data), rules.item_rules()),
+        "users": (data.users().to_pandas(), rules.user_rules()),
+        "quarantine": (broken, rules.quarantine_rules()),
+    }
+    if until is not None:
+        newest = events["timestamp"].max()
+        age = (until - newest).total_seconds() / 3600
+        frame = pd.DataFrame({"newest": [newest], "age_hours": [age]})
+        tables["freshness"] = (frame, rules.freshness_rules(config))
+    return tables
+
+
+def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expectation]]]) -> list[str]:
+    """What the rules could not speak of, and why."""
+    found = []
+    if "freshness" not in tables:
+        found.append("freshness: ingest.until is null")
+    if np.datetime64(last := data.days()[-1]) > tables["days"][0]["day"].max():
+        found.append(f"days: {last} is not over")
+    if tables["figures"][0].empty:
+        found.append("figures: no day has days before it that tell what is usual")
+    return found
+
+
+def require(report: Path, canonical: Path) -> None:
+    """Raises ValueError unless the report says that these very bytes passed."""
+    content = read_json(report, "validate")
+    if not content["passed"]:
+        raise ValueError(f"{report}: the data did not pass; mend it and run `dvc repro validate`")
+    if content["canonical_sha256"] != folder_hash(canonical):
+        raise ValueError(f"{report} judged other data than {canonical} holds now; run `dvc repro validate`")
+
+
+# ---- Great Expectations -----------------------------------------------------------------------------------------
+
+
+def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path) -> list[dict[str, Any]]:
+    """Run every suite in one context of its own, and publish its Data Docs at `docs`."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from tqdm import tqdm
+
+    verdicts: list[dict[str, Any]] = []
+    with new_folder(docs) as site:
+        gx_logger = logging.getLogger("great_expectations")
+        gx_logger.setLevel(logging.ERROR)
+        context = gx.get_context(mode="ephemeral")  # a file context writes all of its settings at every step
+        pages = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(site.resolve())}
+        index = {"class_name": "DefaultSiteIndexBuilder"}
+        context.update_data_docs_site(
+            "local_site", {"class_name": "SiteBuilder", "store_backend": pages, "site_index_builder": index}
+        )
+        context.variables.progress_bars = ProgressBarsConfig(globally=False)  # ours says which table is judged
+        source = context.data_sources.add_pandas("canonical")
+        for name, (frame, rules) in tqdm(tables.items(), "validate", unit="table", disable=None):
+            batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
+            suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=rules))
+            definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
+            result = definition.run(
+                batch_parameters={"dataframe": frame},
+                result_format={"result_format": "SUMMARY", "partial_unexpected_count": EXAMPLES},
+            )
+            verdicts += [_verdict(name, frame, one) for one in result.results]
+        context.build_data_docs()
+    return verdicts
+
+
+def _verdict(table: str, frame: pd.DataFrame, result: Any) -> dict[str, Any]:
+    from great_expectations.expectations.metadata_types import FailureSeverity
+
+    from components.data.rules import SEVERITIES
+
+    config, found = result.expectation_config, result.result
+    if result.exception_info and result.exception_info.get("raised_exception"):
+        raise ValueError(f"{table}: {config.type} could not be judged: {result.exception_info['exception_message']}")
+    kwargs = {k: v for k, v in config.kwargs.items() if k not in UNSAID and v is not None}
+    verdict: dict[str, Any] = {
+        "table": table,
+        "column": (config.meta or {}).get("figure") or config.kwargs.get("column"),
+        "rule": config.type,
+        "says": config.description,
+        "limits": {k: v if isinstance(v, int | float | str | bool | list) else str(v) for k, v in kwargs.items()},
+        "severity": SEVERITIES[FailureSeverity(config.severity)],
+        "passed": bool(result.success),
+        "broken_rows": int(found.get("unexpected_count") or 0),
+        "observed": found.get("observed_value"),
+        "examples": [],
+    }
+    if not result.success and (rows := found.get("partial_unexpected_index_list")):
+        shown: Iterable[int] = rows[:EXAMPLES]
+        verdict["examples"] = [
+            {"row": int(row), **{k: _plain(v) for k, v in frame.iloc[int(row)].items()}} for row in shown
+        ]
+    return verdict
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or (isinstance(value, float) and not np.isfinite(value)) or value is pd.NaT:
+        return None
+    return value if isinstance(value, int | float | str | bool) else str(value)
+
+
+def describe(verdict: dict[str, Any]) -> str:
+    """`events.label: expect_column_values_to_be_in_set {…}: 12 rows, e.g. row 5 {…}`."""
+    where = verdict["table"] + (f".{verdict['column']}" if verdict["column"] else "")
+    said = f" ({verdict['says']})" if verdict["says"] else ""
+    text = f"{where}: {verdict['rule']} {verdict['limits']}{said}: "
+    if not verdict["examples"]:
+        return text + f"observed {verdict['observed']}"
+    told = "; ".join(str(example) for example in verdict["examples"])
+    return text + f"{verdict['broken_rows']} row(s), e.g. {told}"

@@ -1,0 +1,1 @@
+"""From canonical data to item vectors, Feast's stores and the training set."""

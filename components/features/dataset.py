@@ -1,0 +1,424 @@
+"""dataset: Feast's point-in-time join -> training arrays, vocabularies and the catalog of items.
+
+    rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle]
+                          and click_log, user_ids; integers as narrow as they fit
+    encoder/              schema.json and catalog.safetensors: what every index means
+    unseen.parquet        field, row, value: what of the test rows is UNKNOWN here, and a champion may know
+    dataset.json          row ranges of train, valid and test, hashes, counts
+
+A history is click_log[end - length : end]. Vocabularies are those of the training days alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components.common.artifacts import file_hash, new_folder, read_json, write_json
+from components.common.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
+from components.common.splits import SplitConfig, split_rows
+from models.registry import load_encoder, save_encoder
+from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+UNSEEN = "unseen.parquet"
+TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """history_length  newest clicks of a user that a row points at
+    min_count       rows of the training days in which a value must occur to get an index of its own;
+                    for a tag: items shown in those days that must have it
+    max_tags        tags kept of an item
+    """
+
+    history_length: int
+    min_count: int
+    max_tags: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.history_length < 2**15:
+            raise ValueError(f"history_length is {self.history_length}; it must be in [0, 32767]")
+        for name in ("min_count", "max_tags"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset, its tensors memory-mapped until `to` moves them. Rows are in time order; `splits[name]` is a range.
+
+    columns   the tensors of rows.safetensors
+    facts     dataset.json
+    streams   the rows stay on the host, and `batches` fetches one ahead; catalog and click log lie on the device
+    """
+
+    encoder: Encoder
+    catalog: Catalog
+    columns: dict[str, Tensor]
+    facts: dict[str, Any]
+    streams: bool = False
+
+    @classmethod
+    def open(cls, folder: Path) -> Dataset:
+        """Raises ValueError where a file is missing or is not the one that dataset.json names."""
+        facts = read_json(folder / "dataset.json", "dataset")
+        if file_hash(folder / "rows.safetensors") != facts["data_sha256"]:
+            raise ValueError(f"{folder}/rows.safetensors is not the file that was written; run `dvc repro dataset`")
+        encoder, catalog, found = load_encoder(folder / "encoder")
+        if found != facts["schema_hash"]:
+            raise ValueError(f"{folder}/encoder is not the one that was written; run `dvc repro dataset`")
+        with safe_open(folder / "rows.safetensors", framework="pt") as opened:
+            columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return cls(encoder, catalog, columns, facts)
+
+    @property
+    def schema(self) -> Schema:
+        return self.encoder.schema
+
+    @property
+    def splits(self) -> dict[str, tuple[int, int]]:
+        return {name: (start, end) for name, (start, end) in self.facts["splits"].items()}
+
+    @property
+    def click_log(self) -> Tensor:
+        return self.columns["click_log"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return self.click_log.device
+
+    def to(self, device: torch.device, *, stream: bool = False) -> Dataset:
+        """For batches on `device`: all that they read goes there, or, to `stream`, all but the rows."""
+        moved = {"click_log"} if stream else {"click_log", *self._batch_columns}
+        columns = {name: column.to(device) if name in moved else column for name, column in self.columns.items()}
+        return Dataset(self.encoder, self.catalog.to(device), columns, self.facts, stream)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what batches read of the rows."""
+        return sum(self.columns[name].nbytes for name in self._batch_columns)
+
+    @property
+    def _batch_columns(self) -> tuple[str, ...]:
+        fields = (f"field.{feature.name}" for feature in self.schema.impression_fields)
+        return (*fields, "item", "end", "length", "label")
+
+    def batch(self, rows: Tensor | slice) -> Batch:
+        """The rows (a slice, or int64 indices that lie where the rows do) as a batch."""
+        return self._widen(self._gather(rows))
+
+    def fetched(self, chunks: Iterable[Tensor | slice]) -> Iterator[list[Tensor]]:
+        """For each chunk of rows, what `arranged` makes a batch of: its indices or, where the dataset streams, columns.
+
+        A thread gathers those while the batch before is in use. To a CUDA device they also cross meanwhile, from pinned
+        memory and on a stream of their own.
+        """
+        if not self.streams:
+            for rows in chunks:
+                assert isinstance(rows, Tensor)  # a CUDA graph reads them from where they lie
+                yield [rows]
+            return
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with ThreadPoolExecutor(1) as thread:
+            fetching: Future[list[Tensor]] | None = None
+            for chunk in (*chunks, None):
+                fetched, fetching = fetching, None if chunk is None else thread.submit(self._gather, chunk, side)
+                if fetched is None:
+                    continue
+                columns = fetched.result()
+                if side is not None:
+                    for column in columns:  # its memory is not for the next fetch before this stream is done with it
+                        column.record_stream(torch.cuda.current_stream(self.device))
+                yield columns
+
+    def arranged(self, fetched: Sequence[Tensor]) -> Batch:
+        """A batch of what was fetched."""
+        return self._widen(list(fetched)) if self.streams else self.batch(fetched[0])
+
+    def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
+        """A batch for each chunk of rows, fetched ahead where the dataset streams."""
+        return map(self.arranged, self.fetched(chunks)) if self.streams else map(self.batch, chunks)
+
+    def _gather(self, rows: Tensor | slice, side: torch.cuda.Stream | None = None) -> list[Tensor]:
+        """The batch's columns, as narrow as they lie, on the device; through pinned memory where on a side stream."""
+        columns = [self.columns[name][rows] for name in self._batch_columns]
+        if side is None:
+            return [column.to(self.device) for column in columns]
+        with torch.cuda.stream(side):
+            arrived = [column.pin_memory().to(self.device, non_blocking=True) for column in columns]
+        side.synchronize()  # the thread waits, the training stream does not
+        return arrived
+
+    def _widen(self, columns: list[Tensor]) -> Batch:
+        *fields, item_B, end_B, length_B, label_B = columns
+        item_B, end_B = item_B.long(), end_B.long()
+        return Batch(
+            torch.stack([field.long() for field in fields], 1) if fields else item_B.new_zeros(len(item_B), 0),
+            item_B,
+            end_B - length_B.long(),
+            end_B,
+            label_B.float(),
+        )
+
+    def user_ids(self, rows: Tensor | slice) -> Tensor:
+        """Raw user ids, int64."""
+        return self.columns["user_ids"][self.columns["user"][rows].long()]
+
+
+def run(
+    config: DatasetConfig, split: SplitConfig, canonical: Path, features: Path, repo: Path, output: Path
+) -> dict[str, Any]:
+    """Join, encode and write. Raises ValueError where the join lost rows or the days cannot be split."""
+    receipt = read_json(features / "receipt.json", "features")
+    data = Canonical(canonical)
+    events = data.events()
+    joined, vectors = join(events, data.items()["item_id"], repo)
+    cut = split_rows(events, split)
+    encoder, catalog = fit(config, joined, cut.valid_start, data, vectors, receipt["embedding_version"])
+    columns = encode(config, joined, encoder, catalog)
+    log = torch.from_numpy(read_parquet(features / "click_log.parquet")["item_id"].to_numpy().copy())
+    columns["click_log"] = catalog.rows(log).to(torch.int32)
+    narrow = {name: _narrow(column) for name, column in columns.items()}
+    splits = cut.ranges(len(events))
+    label = columns["label"].double()
+    with new_folder(output) as folder:
+        save_encoder(folder / "encoder", encoder, catalog)
+        save_file(narrow, folder / "rows.safetensors")
+        facts = {
+            "splits": splits,
+            "valid_from": cut.valid_day,
+            "test_from": cut.test_day,
+            "label_rate": {name: float(label[start:end].mean()) for name, (start, end) in splits.items()},
+            "items": len(catalog) - SPECIAL,
+            "clicks": len(log),
+            "bytes_per_row": sum(
+                c.element_size() for n, c in narrow.items() if n not in ("click_log", "user_ids")
+            ),
+            "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
+            "data_sha256": file_hash(folder / "rows.safetensors"),
+        }  # fmt: skip
+        pq.write_table(unseen(columns, joined.fields, splits["test"]), folder / UNSEEN)
+        write_json(folder / "dataset.json", facts)
+    return facts
+
+
+class Joined(NamedTuple):
+    """Every impression with its features, in event order. `strings` and `integers` are the impression's fields."""
+
+    labels: np.ndarray
+    oracle: np.ndarray | None
+    item_ids: np.ndarray
+    user_ids: np.ndarray
+    clicks_start: np.ndarray
+    clicks_end: np.ndarray
+    origin: dict[str, str]
+    fields: dict[str, pa.ChunkedArray]
+
+
+def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joined, np.ndarray]:
+    """The point-in-time join of all impressions, and the items' vectors as known at the last of them.
+
+    events  canonical events; item_ids  canonical item ids. Returns the joined rows and float32 [items, width],
+    zero where an item has no vector. Raises ValueError where Feast gives back other rows than it was given.
+    """
+    import pyarrow as pa
+
+    from components.common.contracts import attributes
+    from components.features.features import NO_ATTRIBUTES, feature_store, popularity_level
+
+    last = pc.max(events["timestamp"])
+    every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
+    impressions = events.select(["user_id", "item_id", "timestamp"]).rename_columns(
+        ["user_id", "item_id", "event_timestamp"]
+    )
+    with feature_store(repo) as store:
+        print(f"point-in-time join of {len(events):,} impressions", flush=True)
+        table = point_in_time(store, "training", impressions)
+        known = point_in_time(store, "catalog", every_item)
+    fields: dict[str, pa.ChunkedArray] = {"user_id": events["user_id"]}
+    origin = {"user_id": "user"}
+    profile = [
+        name
+        for name in table.column_names
+        if name not in {*impressions.column_names, "clicks_start", "clicks_end", "views", "clicks", NO_ATTRIBUTES}
+    ]
+    for name in profile:
+        fields[name], origin[name] = table[name], "user"
+    for name in attributes(events, EVENTS):
+        fields[name], origin[name] = events[name], "context"
+    for name in ("views", "clicks"):
+        if table[name].null_count == len(table):  # a source without times has no popularity
+            continue
+        counts = table[name].to_numpy(zero_copy_only=False)
+        level = popularity_level(np.nan_to_num(counts.astype(np.float64)))
+        fields[f"{name}_level"] = pa.chunked_array([pa.array(level, mask=pc.is_null(table[name]).to_numpy())])
+        origin[f"{name}_level"] = "item"
+    start, end = (table[n].fill_null(0).cast(pa.int64()).to_numpy() for n in ("clicks_start", "clicks_end"))
+    known = known.filter(pc.is_valid(known["embedding"]))
+    found = np.zeros((len(item_ids), 0), dtype=np.float32)
+    if len(known):
+        vectors = vector_matrix(known["embedding"].cast(pa.list_(pa.float32())), "Feast item_embedding")
+        matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(known), -1)
+        position = pc.index_in(item_ids, value_set=known["item_id"].combine_chunks()).fill_null(-1).to_numpy()
+        found = np.zeros((len(item_ids), matrix.shape[1]), dtype=np.float32)
+        found[position >= 0] = matrix[position[position >= 0]]
+    joined = Joined(
+        labels=events["label"].to_numpy(),
+        oracle=events[ORACLE].to_numpy() if ORACLE in events.column_names else None,
+        item_ids=events["item_id"].to_numpy(),
+        user_ids=events["user_id"].to_numpy(),
+        clicks_start=start,
+        clicks_end=end,
+        origin=origin,
+        fields=fields,
+    )
+    return joined, found
+
+
+def point_in_time(store: FeatureStore, service: str, rows: pa.Table) -> pa.Table:
+    """The rows, keys and event_timestamp, each with the features of a Feast service as known at its time.
+
+    Raises ValueError where Feast gives back other rows than it was given.
+    """
+    entities = rows.append_column("row_id", pa.array(np.arange(len(rows))))
+    job = store.get_historical_features(entity_df=entities.to_pandas(), features=store.get_feature_service(service))
+    table = job.to_arrow().sort_by("row_id")  # no offline store keeps the order
+    if not np.array_equal(table["row_id"].to_numpy(), np.arange(len(rows))):
+        raise ValueError(f"dataset: {len(rows)} rows went into Feast's join, {len(table)} came back")
+    return table.drop_columns("row_id")
+
+
+def fit(
+    config: DatasetConfig, joined: Joined, train_rows: int, data: Canonical, vectors: np.ndarray, version: str
+) -> tuple[Encoder, Catalog]:
+    """Vocabularies of the first `train_rows` rows, and the catalog of all items under them.
+
+    One user or one item in all of the data tells nothing apart, and is no feature; without clicks there is no history.
+    """
+    features: list[Feature] = []
+    integers: dict[str, Tensor] = {}
+    numbers = data.numeric()
+
+    def add(name: str, values: pa.ChunkedArray, owner: Any, *, kind: Any = "categorical", length: int = 1) -> None:
+        common = _frequent(values, config.min_count)
+        if pa.types.is_integer(values.type):
+            vocab, integers[name] = None, torch.tensor(common, dtype=torch.int64)
+        else:
+            vocab = tuple(str(value) for value in common)
+        origin: Any = joined.origin.get(name) if owner == "impression" else None
+        features.append(
+            Feature(
+                name=name, owner=owner, kind=kind, size=len(common) + SPECIAL, length=length, origin=origin,
+                vocab=vocab, numeric=origin == "context" and name in numbers,
+            )
+        )  # fmt: skip
+
+    for name, column in joined.fields.items():
+        if name != "user_id" or len(data.users()) > 1:
+            add(name, column.slice(0, train_rows), "impression")
+    items = data.items().sort_by("item_id")
+    order = np.argsort(data.items()["item_id"].to_numpy(), kind="stable")
+    shown = pa.chunked_array([joined.item_ids[:train_rows]])
+    position = pc.index_in(shown, value_set=items["item_id"].combine_chunks())
+    if len(items) > 1:
+        add("item_id", shown, "item")
+    for name in attributes(items, ITEMS):
+        add(name, items[name].take(position), "item")
+    tags = pc.list_slice(items["tags"].combine_chunks(), 0, config.max_tags)
+    length = pc.max(pc.list_value_length(tags)).as_py() or 0
+    if length:
+        shown_tags = pc.list_flatten(tags.take(pc.unique(position.combine_chunks())))
+        add("tags", pa.chunked_array([shown_tags]), "item", kind="multi", length=length)
+    if vectors.shape[1]:
+        features.append(Feature(name="embedding", owner="item", kind="vector", size=vectors.shape[1]))
+    history_length = config.history_length if joined.clicks_end.any() else 0
+    schema = Schema(features=tuple(features), history_length=history_length, embedding_version=version)
+    encoder = Encoder(schema, integers)
+
+    ids = torch.from_numpy(items["item_id"].to_numpy().copy())
+    nothing = torch.iinfo(torch.int64).min
+    categorical = [encode_column(encoder, f.name, items[f.name]) for f in schema.item_fields]
+    columns = torch.stack(categorical, 1) if categorical else torch.empty(len(items), 0, dtype=torch.int64)
+    unknown = torch.full((SPECIAL, len(categorical)), UNKNOWN)
+    unknown[0] = 0
+    sets = {}
+    if length:
+        flat = encode_column(encoder, "tags", pa.chunked_array([pc.list_flatten(tags)]))
+        row = torch.from_numpy(pc.list_parent_indices(tags).to_numpy().astype(np.int64))
+        first = torch.searchsorted(row, row)
+        sets["tags"] = torch.zeros(len(items) + SPECIAL, length, dtype=torch.int64)
+        sets["tags"][row + SPECIAL, torch.arange(len(row)) - first] = flat
+    vector_IE = torch.from_numpy(np.concatenate([np.zeros((SPECIAL, vectors.shape[1]), np.float32), vectors[order]]))
+    catalog = Catalog(
+        torch.cat([torch.tensor([nothing, nothing]), ids]),
+        _narrow(torch.cat([unknown, columns])),
+        {name: _narrow(values) for name, values in sets.items()},
+        vector_IE if vectors.shape[1] else None,
+    )
+    return encoder, catalog
+
+
+def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Catalog) -> dict[str, Tensor]:
+    """The columns of rows.safetensors, not yet narrowed."""
+    fields = (feature.name for feature in encoder.schema.impression_fields)
+    columns = {f"field.{name}": encode_column(encoder, name, joined.fields[name]) for name in fields}
+    columns["item"] = catalog.rows(torch.from_numpy(joined.item_ids.copy()))
+    end, start = (torch.from_numpy(a.copy()) for a in (joined.clicks_end, joined.clicks_start))
+    columns["end"], columns["length"] = end, (end - start).clamp(max=config.history_length)
+    columns["label"] = torch.from_numpy(joined.labels.copy())
+    user_ids, user = np.unique(joined.user_ids, return_inverse=True)
+    columns["user"], columns["user_ids"] = torch.from_numpy(user), torch.from_numpy(user_ids)
+    if joined.oracle is not None:
+        columns["oracle"] = torch.from_numpy(joined.oracle.copy())
+    return columns
+
+
+def unseen(columns: dict[str, Tensor], fields: dict[str, pa.ChunkedArray], rows: tuple[int, int]) -> pa.Table:
+    """The values (as text) of a range of rows that the vocabulary does not hold; `row` is that of the dataset."""
+    # the first is for a dataset without impression features
+    parts = [pa.schema([("field", pa.string()), ("row", pa.int64()), ("value", pa.string())]).empty_table()]
+    for name in sorted(name.removeprefix("field.") for name in columns if name.startswith("field.")):
+        at = np.flatnonzero(columns[f"field.{name}"][slice(*rows)].numpy() == UNKNOWN) + rows[0]
+        values = fields[name].take(pa.array(at)).cast(pa.string())
+        parts.append(pa.table({"field": pa.repeat(name, len(at)), "row": at, "value": values}))
+    return pa.concat_tables(parts)
+
+
+def encode_column(encoder: Encoder, name: str, column: pa.ChunkedArray) -> Tensor:
+    """int64 indices of an Arrow column: the encoder sees each distinct value once."""
+    encoded = column.combine_chunks().dictionary_encode()
+    index = torch.cat([encoder.encode(name, encoded.dictionary.to_pylist()), torch.zeros(1, dtype=torch.int64)])
+    row = torch.from_numpy(encoded.indices.fill_null(len(index) - 1).to_numpy().astype(np.int64))
+    return index[row]  # a null is PADDING
+
+
+def _frequent(values: pa.ChunkedArray, min_count: int) -> Sequence[Any]:
+    counts = pc.value_counts(values.drop_null().combine_chunks())
+    kept = counts.field(0).filter(pc.greater_equal(counts.field(1), min_count))
+    return sorted(kept.to_pylist())
+
+
+def _narrow(column: Tensor) -> Tensor:
+    """The same integers in the narrowest type of TYPES; floats as they are."""
+    if column.is_floating_point() or not column.numel():
+        return column.contiguous()
+    low, high = int(column.min()), int(column.max())
+    kind = next(t for t in TYPES if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
+    return column.to(kind).contiguous()

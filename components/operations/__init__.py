@@ -1,0 +1,1 @@
+"""What runs and watches the loop: reports, live clicks, replay, Airflow on one machine."""

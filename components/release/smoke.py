@@ -1,0 +1,274 @@
+"""smoke: the Bento as it will run - served on loopback, asked the golden requests, bad ones, and many in a row.
+
+"Passed" says that this Bento is servable and repeats the offline scores; whether its model is good, the gate judged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from components.common.artifacts import read_json, write_json
+
+READY_SECONDS = 120.0
+STOP_SECONDS = 20.0
+WORKER_FAILED = "Initializing service error"  # BentoML's words in the log; the deadline holds without them too
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmokeConfig:
+    """tolerance           largest |served - offline| of a score
+    latency_requests    requests timed, one after another
+    latency_candidates  candidates in each
+    """
+
+    tolerance: float
+    latency_requests: int
+    latency_candidates: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be in (0, 1)")
+        for name in ("latency_requests", "latency_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[str, Any]:
+    """Returns smoke.json. Raises ValueError that names the request, what was expected and what came."""
+    built = read_json(package / "package.json", "package")
+    if not built["built"]:
+        report: dict[str, Any] = {"served": False, "reason": built["reason"]}
+        write_json(output, report)
+        return report
+    if config.latency_candidates > built["max_candidates"]:
+        raise ValueError(
+            f"smoke.latency_candidates is {config.latency_candidates}, package.max_candidates "
+            f"{built['max_candidates']}; ask for no more than the server takes"
+        )
+    golden = read_json(package / "golden.json", "package")
+    served = Served(package / "bento", repo, output.with_name("server.log"))
+    with served.running() as server, server.client() as client:
+        report = {
+            "served": True,
+            "passed": True,
+            "tag": built["tag"],
+            "ready_seconds": round(server.ready_seconds, 2),
+            "golden": check_golden(client, golden, built["version"], config.tolerance),
+            "refused": check_refusals(client, golden[0]["request"], built),
+            "latency_ms": measure_latency(client, golden, config),
+            "memory_mib": server.peak_memory_mib(),
+        }
+    write_json(output, report)
+    return report
+
+
+# ---- the checks -------------------------------------------------------------------------------------------------
+
+
+def check_golden(client: httpx.Client, golden: list[dict[str, Any]], version: str, tolerance: float) -> dict[str, Any]:
+    """Every golden request: version, degraded, each candidate's score, and the order of the answer."""
+    largest = 0.0
+    for i, case in enumerate(golden):
+        where = f"golden request {i} {case['request']}"
+        answer = _answer(client, case["request"], where)
+        for key, expected in (("version", version), ("degraded", case["degraded"])):
+            if answer[key] != expected:
+                raise ValueError(f"{where}: expected {key} {expected!r}, got {answer[key]!r}")
+        offline = dict(zip(case["request"]["candidates"], case["scores"], strict=True))
+        if sorted(answer["items"]) != sorted(offline):
+            raise ValueError(f"{where}: expected the items {sorted(offline)}, got {sorted(answer['items'])}")
+        for item, score in zip(answer["items"], answer["scores"], strict=True):
+            error = abs(score - offline[item])
+            largest = max(largest, error)
+            if not error <= tolerance:  # a NaN is no match either
+                raise ValueError(f"{where}: item {item}: expected {offline[item]}, got {score}: off by {error}")
+        expected_order = [offline[item] for item in answer["items"]]
+        for before, after in pairwise(expected_order):
+            if after > before + 2 * tolerance:  # closer scores may change places
+                raise ValueError(f"{where}: expected best first, got offline scores {expected_order}")
+        if answer["scores"] != sorted(answer["scores"], reverse=True):
+            raise ValueError(f"{where}: expected scores best first, got {answer['scores']}")
+    return {"requests": len(golden), "max_abs_error": largest}
+
+
+def check_refusals(client: httpx.Client, good: dict[str, Any], built: dict[str, Any]) -> dict[str, int]:
+    """Each bad request must be the client's error (4xx), and the server must live on. Returns name -> status."""
+    item = good["candidates"][0]
+    bad: dict[str, bytes] = {
+        "unknown field": _body({**good, "colour": "red"}),
+        "no user": _body({"candidates": [item]}),
+        "no candidates": _body({**good, "candidates": []}),
+        "too many candidates": _body({**good, "candidates": [item] * (built["max_candidates"] + 1)}),
+        "a string for an id": _body({**good, "candidates": [str(item)]}),
+        "an id beyond 64 bits": _body({**good, "user_id": 2**63}),
+        "unknown context": _body({**good, "context": {"no such feature": "x"}}),
+        "k of zero": _body({**good, "k": 0}),
+        "broken JSON": b'{"user_id": 1, "candidates": [',
+        "not UTF-8": b'{"user_id": "\xff\xfe"}',
+        "too large a body": b" " * (built["max_body_bytes"] + 1),
+    }
+    refused = {}
+    for name, body in bad.items():
+        status = _post(client, body, f"bad request {name!r}").status_code
+        if not 400 <= status < 500:
+            raise ValueError(f"bad request {name!r} ({body[:200]!r}): expected a 4xx, got {status}")
+        refused[name] = status
+    _answer(client, good, "a good request after the bad ones")
+    return refused
+
+
+def measure_latency(client: httpx.Client, golden: list[dict[str, Any]], config: SmokeConfig) -> dict[str, float]:
+    """Milliseconds as a client sees them, one request at a time, the users' histories read from the online store."""
+    items = list(dict.fromkeys(item for case in golden for item in case["request"]["candidates"]))
+    taken = []
+    for i in range(config.latency_requests):
+        like = golden[i % len(golden)]["request"]
+        candidates = [items[(i + j) % len(items)] for j in range(config.latency_candidates)]
+        request = {"user_id": like["user_id"], "context": like["context"], "candidates": candidates}
+        begin = time.perf_counter()
+        _answer(client, request, f"latency request {i} {request}")
+        taken.append(1000 * (time.perf_counter() - begin))
+    return {"p50": round(float(np.percentile(taken, 50)), 2), "p99": round(float(np.percentile(taken, 99)), 2)}
+
+
+def _answer(client: httpx.Client, request: dict[str, Any], where: str) -> dict[str, Any]:
+    response = _post(client, _body(request), where)
+    if response.status_code != 200:
+        raise ValueError(f"{where}: expected 200, got {response.status_code} {response.text[:500]}")
+    return response.json()
+
+
+def _post(client: httpx.Client, body: bytes, where: str) -> httpx.Response:
+    try:
+        return client.post("/rank", content=body)
+    except httpx.TransportError as error:
+        raise ValueError(f"{where}: expected an answer, got {error!r}") from error
+
+
+def _body(request: dict[str, Any]) -> bytes:
+    return json.dumps(request).encode()
+
+
+# ---- the server -------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """`bentoml serve FOLDER` on a free loopback port, with a BENTOML_HOME of its own.
+
+    repo  a feature_repo folder; None serves without an online store
+    log   what the server says, kept; an error shows the end of it
+    """
+
+    def __init__(self, bento: Path, repo: Path | None, log: Path) -> None:
+        self.bento, self.repo, self.log = bento, repo, log
+        self.ready_seconds = 0.0
+        self.processes: dict[int, psutil.Process] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[Served]:
+        """Ready inside the block. Raises ValueError where it does not get ready, or leaves a process behind."""
+        with tempfile.TemporaryDirectory(prefix="clickloop-serve-") as home:
+            port = _free_port()
+            self.url = f"http://127.0.0.1:{port}"
+            env = {k: v for k, v in os.environ.items() if k != "CLICKLOOP_FEATURE_REPO"}
+            env |= {"BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True", "PYTHONDONTWRITEBYTECODE": "1"}
+            if self.repo is not None:
+                env["CLICKLOOP_FEATURE_REPO"] = str(self.repo.resolve())
+            command = [sys.executable, "-m", "bentoml", "serve", str(self.bento.resolve()), "--port", str(port)]
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("wb") as opened:
+                process = subprocess.Popen(
+                    command, stdout=opened, stderr=subprocess.STDOUT, env=env, cwd=home, start_new_session=True
+                )
+            try:
+                self.processes[process.pid] = psutil.Process(process.pid)
+                self._wait_until_ready(process)
+                yield self
+                self._see_processes()
+                process.terminate()
+                process.wait(STOP_SECONDS)
+                left = [p for p in self.processes.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+                if left:
+                    raise ValueError(f"stopped, but left running: {[' '.join(p.cmdline()) for p in left]}")
+            except (ValueError, subprocess.TimeoutExpired) as error:
+                raise ValueError(f"{error}\nEnd of {self.log}:\n{self._said()[-3000:]}") from error
+            finally:
+                self._kill(process)
+
+    def client(self) -> httpx.Client:
+        headers = {"content-type": "application/json"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+    def peak_memory_mib(self) -> float:
+        """Largest resident memory of each of the server's processes so far, summed; shared pages count for each."""
+        self._see_processes()
+        return round(sum(_peak_bytes(process) for process in self.processes.values()) / 2**20, 1)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        begin = time.monotonic()
+        with self.client() as client:
+            while time.monotonic() - begin < READY_SECONDS:
+                self._see_processes()
+                if process.poll() is not None:
+                    raise ValueError(f"{self.bento}: the server ended with exit code {process.returncode}")
+                if WORKER_FAILED in self._said():  # BentoML would start it again, for ever
+                    raise ValueError(f"{self.bento}: the server's worker cannot start")
+                try:
+                    if client.get("/readyz", timeout=1).status_code == 200:
+                        self.ready_seconds = time.monotonic() - begin
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
+        raise ValueError(f"{self.bento}: not ready after {READY_SECONDS:.0f} s")
+
+    def _see_processes(self) -> None:
+        """BentoML's workers have sessions of their own, so no process group holds them all."""
+        for known in list(self.processes.values()):
+            with suppress(psutil.NoSuchProcess):
+                self.processes |= {child.pid: child for child in known.children(recursive=True)}
+
+    def _said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self.processes[process.pid].suspend()  # or it would start a worker while they are counted
+        self._see_processes()
+        for one in self.processes.values():
+            with suppress(psutil.NoSuchProcess):
+                one.kill()  # psutil checks that the id is still the same process
+        process.wait()
+        psutil.wait_procs(self.processes.values(), timeout=STOP_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def _peak_bytes(process: psutil.Process) -> int:
+    try:
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return process.memory_info().rss  # no /proc, as on a Mac: what it holds now
+    except (OSError, psutil.Error):
+        return 0

@@ -1,0 +1,188 @@
+"""One page that stands alone, whatever has run so far."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.operations import report
+
+SOURCE = {
+    "source": "simulator", "impressions": 9000, "label_rate": 0.2, "days": 6, "first_day": "2026-10-01",
+    "last_day": "2026-10-06", "users": 300, "items": 120,
+}  # fmt: skip
+CHAMPION_AUC, ORACLE_AUC = 0.6543, 0.8271
+
+
+def evaluation(model: str, auc: float, champion: bool) -> dict[str, Any]:
+    slices = {
+        "new users": {"rows": 321, "small": False, "auc": auc - 0.01},
+        "new items": {"rows": 12, "small": True, "auc": None},
+    }
+    test = {
+        "rows": 1500, "auc": auc, "auc_low": auc - 0.02, "auc_high": auc + 0.02, "group_auc": None, "logloss": 0.4321,
+        "calibration_error": 0.0123, "oracle_auc": ORACLE_AUC, "oracle_logloss": 0.3111,
+    }  # fmt: skip
+    theirs = {"version": "v0.0.4", "test": {**test, "auc": CHAMPION_AUC}} if champion else None
+    return {"model": model, "test": test, "slices": slices, "champion": theirs}
+
+
+class Project:
+    """What the stages would have left, written a part at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, path: str, content: Any) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    def source(self) -> None:
+        self.write("data/canonical/source.json", SOURCE)
+
+    def trained(self, model: str) -> None:
+        self.write(f"artifacts/train/{model}.json", {"rows_per_second": 45678})
+        self.write(f"artifacts/train/{model}_history.csv", "epoch,valid_auc\n1,0.61\n2,0.66\n")
+
+    def evaluated(self, model: str, auc: float, champion: bool = False) -> None:
+        folder = f"artifacts/evaluate/{model}"
+        self.write(f"{folder}/evaluation.json", evaluation(model, auc, champion))
+        self.write(f"{folder}/calibration.csv", "predicted,observed,rows\n0.1,0.12,750\n0.4,0.35,750\n")
+        self.write(f"{folder}/roc.csv", "false_positive_rate,true_positive_rate\n0,0\n0.5,0.8\n1,1\n")
+
+    def everything(self) -> None:
+        self.source()
+        rules = [
+            {"table": "events", "column": "label", "rule": "x", "says": "", "severity": "warning", "passed": p}
+            for p in (True, False)
+        ]
+        self.write("data/validation/report.json", {"rules": rules})
+        splits = {"train": [0, 6000], "valid": [6000, 7500], "test": [7500, 9000]}
+        self.write("data/dataset/dataset.json", {"splits": splits, "bytes_per_row": 31})
+        for model, auc in (("qin", 0.7123), ("sdcnv3", 0.6987)):
+            self.trained(model)
+            self.evaluated(model, auc, champion=True)
+        rule = {"rule": "auc", "value": 0.6987, "must_be": ">=", "limit": 0.7, "passed": False}
+        self.write("artifacts/gate/decision.json", {
+            "verdict": "approve", "model": "qin", "reasons": ["qin passes <b>all</b> rules & more"],
+            "candidates": {
+                "qin": {"passed": True, "rules": [{**rule, "value": None, "passed": True}]},
+                "sdcnv3": {"passed": False, "rules": [rule]},
+            },
+        })  # fmt: skip
+        self.write("artifacts/package/package.json", {"built": True, "tag": "ctr-ranker:qin-0123"})
+        smoke = {"served": True, "latency_ms": {"p50": 3.21, "p99": 9.87}, "golden": {"max_abs_error": 1.2e-7}}
+        self.write("artifacts/smoke/smoke.json", smoke)
+        self.write(".scratch/stages/train@qin.json", {"seconds": 12.3, "peak_mib": 4567})
+
+
+class Page(HTMLParser):
+    """Text, tags in order, and everything that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [str(v) for k, v in attributes if k in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    return Project(tmp_path)
+
+
+def page_of(project: Project) -> Page:
+    report.run(project.root, project.root / "out" / "report.html")
+    text = (project.root / "out" / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+    outside = re.sub(r'(?s)xmlns(:\w+)?="[^"]*"|<metadata>.*?</metadata>', "", text)
+    assert not re.findall(r"(?:https?:)?//\w[\w.]+|@import|url\((?!#)", outside)  # no request to anybody
+    page = Page(text)
+    assert all(target.startswith("#") for target in page.fetched)
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    return page
+
+
+def test_the_page_and_the_terminal_have_every_figure(project, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    project.everything()
+    page, said = page_of(project), capsys.readouterr().out
+    table = " ".join(re.sub(r"[^\x00-\x7f]", " ", said).split())
+    for text in (page.text, table):
+        for figure in ("0.7123", "0.6987", "0.0200", "0.4321", "0.0123", "45,678", "0.6543", "0.8271", "0.3111",
+                       "champion v0.0.4", "oracle", "9,000, 20.0% clicked", "2026-10-01 to 2026-10-06",
+                       "1 of 2; warning: events.label (x)", "train 6,000, valid 1,500, test 1,500; 31 bytes each",
+                       "latency p50 3.2 ms, p99 9.9 ms", "12.3", "4,567", "ctr-ranker:qin-0123",
+                       "qin passes <b>all</b> rules & more"):  # fmt: skip
+            assert figure in text, figure
+    assert "gate: approve qin" in table
+    assert "new users 321 0.7023 0.6887" in page.text
+    assert "new items 12 (small)" in page.text
+    assert "sdcnv3 auc 0.6987 >= 0.7 broken" in page.text
+    assert "qin auc not measurable >= 0.7 holds" in page.text
+    assert page.tags.count("svg") == 4
+    for caption in ("Valid AUC by epoch", "ROC on the test days", "Calibration on the test days", "AUC by slice"):
+        assert caption in page.text
+
+
+def test_the_same_figures_make_the_same_page(project) -> None:
+    project.everything()
+    page_of(project)
+    before = (project.root / "out/report.html").read_bytes()
+    page_of(project)
+    assert (project.root / "out/report.html").read_bytes() == before
+
+
+def test_a_rejection_is_shown_as_one(project, capsys) -> None:
+    project.source()
+    project.evaluated("qin", 0.51)
+    project.write("artifacts/gate/decision.json", {
+        "verdict": "reject", "model": None, "reasons": ["qin fails 1 of 5 rules: auc 0.51 is not >= 0.6"],
+        "candidates": {"qin": {"passed": False, "rules": []}},
+    })  # fmt: skip
+    project.write("artifacts/package/package.json", {"built": False, "reason": ["auc"]})
+    project.write("artifacts/smoke/smoke.json", {"served": False, "reason": ["auc"]})
+    page, said = page_of(project), capsys.readouterr().out
+    for text in (page.text, said):
+        assert "reject" in text and "auc 0.51 is not >= 0.6" in text
+        assert "Bento" not in text
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 3], ids=["ingested", "a model trained", "one evaluated", "one untrained"])
+def test_a_run_that_got_only_so_far_has_a_report(project, parts, capsys) -> None:
+    project.source()
+    if parts >= 1:
+        project.trained("qin")
+    if parts >= 2:
+        project.evaluated("qin", 0.7123)
+    if parts >= 3:
+        project.evaluated("sdcnv3", 0.6987)  # its training figures are not here: pulled, or dropped
+    page, said = page_of(project), capsys.readouterr().out
+    assert "2026-10-06" in page.text and "2026-10-06" in said
+    assert ("0.7123" in page.text) == ("0.7123" in said) == (parts >= 2)
+    assert ("0.6987" in page.text) == (parts >= 3)
+    assert page.tags.count("svg") == (0 if parts < 2 else 4)
+
+
+def test_nothing_run_is_told(project) -> None:
+    with pytest.raises(ValueError, match="no stage has written anything yet; run `dvc repro`"):
+        report.run(project.root, project.root / "out" / "report.html")
+    assert not (project.root / "out").exists()
