@@ -42,7 +42,11 @@ class Stage(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        configs = [v for k, v in vars(import_module(f"components.{ROOM[str(self.name)]}.{self.name}")).items() if k.endswith("Config")]
+        configs = [
+            v
+            for k, v in vars(import_module(f"components.{ROOM[str(self.name)]}.{self.name}")).items()
+            if k.endswith("Config")
+        ]
         print(" Keys in params.yaml:\n")
         for config in configs:
             print(textwrap.indent(f"{config.__name__}\n{inspect.getdoc(config)}\n", "   "))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -70,3 +70,14 @@ def _nearby(config: type, location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         config = get_type_hints(config)[str(part)]
     return f"known are {', '.join(sorted(f.name for f in fields(config)))}"  # type: ignore[arg-type]
+
+
+def parse_time(name: str, text: str) -> datetime:
+    """Raises ValueError where the text is no ISO time or has no zone."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; write an ISO time such as 2026-01-31T00:00:00+00:00") from None
+    if time.tzinfo is None:
+        raise ValueError(f"{name} is {text!r}, a time without a zone; add one, e.g. {time.isoformat()}+00:00")
+    return time.astimezone(UTC)

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from components.common.artifacts import new_folder, write_json
+from components.common.config import parse_time
 from components.common.contracts import (
     ARRIVAL,
     EVENTS,
@@ -87,17 +88,6 @@ class IngestConfig:
             parse_time("ingest.until", self.until)
         if not 0 <= self.max_rejected < 1:
             raise ValueError(f"max_rejected is {self.max_rejected}; it is a share in [0, 1)")
-
-
-def parse_time(name: str, text: str) -> datetime:
-    """Raises ValueError where the text is no ISO time or has no zone."""
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}; write an ISO time such as 2026-01-31T00:00:00+00:00") from None
-    if time.tzinfo is None:
-        raise ValueError(f"{name} is {text!r}, a time without a zone; add one, e.g. {time.isoformat()}+00:00")
-    return time.astimezone(ZONE)
 
 
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:

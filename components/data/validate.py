@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from components.common.artifacts import folder_hash, new_folder, read_json, write_json
+from components.common.config import parse_time
 from components.common.contracts import Canonical
-from components.data.ingest import parse_time
 
 if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
@@ -130,15 +130,6 @@ def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expec
     if tables["figures"][0].empty:
         found.append("figures: no day has days before it that tell what is usual")
     return found
-
-
-def require(report: Path, canonical: Path) -> None:
-    """Raises ValueError unless the report says that these very bytes passed."""
-    content = read_json(report, "validate")
-    if not content["passed"]:
-        raise ValueError(f"{report}: the data did not pass; mend it and run `dvc repro validate`")
-    if content["canonical_sha256"] != folder_hash(canonical):
-        raise ValueError(f"{report} judged other data than {canonical} holds now; run `dvc repro validate`")
 
 
 # ---- Great Expectations -----------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from components.common.artifacts import file_hash, new_folder, read_json, write_json
 from components.common.contracts import IMAGE, Canonical, vector_matrix
 from components.common.splits import SplitConfig, split_rows
+from components.common.verdict import require
 from components.data.pictures import decode
-from components.data.validate import require
 from components.features.encoders import Encoder, image_encoder, text_encoder
 
 if TYPE_CHECKING:

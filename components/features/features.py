@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from components.common.artifacts import read_json, sync, write_json
 from components.common.contracts import ARRIVAL, HISTORY, USERS, UTC, Canonical, attributes, read_parquet
-from components.data.validate import require
+from components.common.verdict import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

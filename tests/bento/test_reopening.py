@@ -87,7 +87,7 @@ def test_a_store_that_comes_up_after_the_server_is_tried_again(
         raise ConnectionError("Redis is not up yet")
 
     clock = 0.0
-    monkeypatch.setattr(features, "monotonic", lambda: clock)
+    monkeypatch.setattr(store, "monotonic", lambda: clock)
     repo = make_store(world)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureStore, "get_online_features", unreachable)
@@ -109,7 +109,7 @@ def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None
         store.execute("create table other (x)")
     opened: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_Opened", lambda repo: opened.append(repo))
+        patch.setattr(store, "_Opened", lambda repo: opened.append(repo))
         fetch(USER)
     assert opened == []
     shutil.copy(world.features / "online.db", world.features / "kept.db")

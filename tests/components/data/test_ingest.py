@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.common.artifacts import folder_hash
+from components.common.config import parse_time
 from components.common.contracts import EVENTS, UTC, Canonical, attributes
 from components.data import ingest
 from components.data.sources import RawTables
@@ -237,10 +238,10 @@ def test_a_broken_parquet_file_beside_movielens(movielens: Path, tmp_path: Path)
 
 
 def test_a_time_of_no_zone_is_never_taken_for_utc() -> None:
-    assert ingest.parse_time("x", "2024-03-01T02:00:00+02:00") == datetime(2024, 3, 1, tzinfo=ZONE)
+    assert parse_time("x", "2024-03-01T02:00:00+02:00") == datetime(2024, 3, 1, tzinfo=ZONE)
     with pytest.raises(ValueError, match=r"x is '2024-03-01', a time without a zone; add one, e\.g\. (.*)") as caught:
-        ingest.parse_time("x", "2024-03-01")
-    ingest.parse_time("x", str(caught.value).split()[-1])  # what it says to write can be written
+        parse_time("x", "2024-03-01")
+    parse_time("x", str(caught.value).split()[-1])  # what it says to write can be written
 
 
 # ---- what becomes of the rows -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import pytest
 from components.common.artifacts import write_json
 from components.common.contracts import HISTORIES, HISTORY, Canonical
 from components.common.splits import SplitConfig
+from components.common.verdict import require
 from components.data import frames, ingest, rules, validate
 from components.data.sources import RawTables, simulator
 from components.data.validate import ValidateConfig
@@ -134,7 +135,7 @@ def test_clean_data_passes_every_rule(passed: Judged, clean: Path) -> None:
     assert {rule["table"] for rule in passed.report["rules"]} == tables == passed.report["rows"].keys()
     assert passed.report["rows"]["events"] == Canonical(clean).events().num_rows
     assert passed.report["not_judged"] == []
-    validate.require(passed.report_file, clean)
+    require(passed.report_file, clean)
     for table in tables:  # the Data Docs show each table's result
         assert f"/canonical-{table}.html" in pages(passed.docs)
     assert "Failed" not in (passed.docs / "index.html").read_text()
@@ -477,14 +478,14 @@ def test_require_takes_only_a_report_of_these_bytes_that_passed(
 ) -> None:
     spoiled = cells.report_file.with_name("canonical")
     with pytest.raises(ValueError, match=r"report\.json: the data did not pass; mend it and run `dvc repro validate`"):
-        validate.require(cells.report_file, spoiled)
+        require(cells.report_file, spoiled)
     planted = planter()
-    validate.require(passed.report_file, planted.root)
+    require(passed.report_file, planted.root)
     planted.day("2024-03-08", lambda t: t.slice(1))
     with pytest.raises(ValueError, match=r"judged other data than .* holds now; run `dvc repro validate`"):
-        validate.require(passed.report_file, planted.root)
+        require(passed.report_file, planted.root)
     with pytest.raises(ValueError, match="is not there; run `dvc repro validate`"):
-        validate.require(tmp_path / "report.json", clean)
+        require(tmp_path / "report.json", clean)
 
 
 def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) -> None:

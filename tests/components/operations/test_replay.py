@@ -22,6 +22,7 @@ from components.data import ingest
 from components.features import embed, features
 from components.features.embed import EmbedConfig
 from components.operations import replay
+from tests.components.data.test_sources_microlens import layout, write
 from tests.components.small_world import (
     DAY,
     FEATURES,
@@ -33,7 +34,6 @@ from tests.components.small_world import (
     prepare,
     with_arrivals,
 )
-from tests.components.data.test_sources_microlens import layout, write
 
 ROWS, SEED = 16, 3
 

@@ -1,0 +1,16 @@
+"""The verdict of validation, which every step that reads canonical data asks for first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.common.artifacts import folder_hash, read_json
+
+
+def require(report: Path, canonical: Path) -> None:
+    """Raises ValueError unless the report says that these very bytes passed."""
+    content = read_json(report, "validate")
+    if not content["passed"]:
+        raise ValueError(f"{report}: the data did not pass; mend it and run `dvc repro validate`")
+    if content["canonical_sha256"] != folder_hash(canonical):
+        raise ValueError(f"{report} judged other data than {canonical} holds now; run `dvc repro validate`")
