@@ -242,7 +242,7 @@ def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
     Where `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
     """
     from components.common.config import load
-    from components.features.features import FeaturesConfig
+    from components.features.views import FeaturesConfig
     from components.operations import push as step
 
     console.print(f"pushed {step.run(load(params, 'features', FeaturesConfig), repo):,} clicks")
@@ -262,7 +262,7 @@ def replay(
     The store is made anew, for each impression, of what was known at its moment, and read as the server reads.
     """
     from components.common.config import load
-    from components.features.features import FeaturesConfig
+    from components.features.views import FeaturesConfig
     from components.operations import replay as step
 
     config = load(params, "features", FeaturesConfig)

@@ -1,18 +1,11 @@
-"""dataset: Feast's point-in-time join -> training arrays, vocabularies and the catalog of items.
+"""dataset: Feast's point-in-time join -> the training set: rows, vocabularies and the catalog of items.
 
-    rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle]
-                          and click_log, user_ids; integers as narrow as they fit
-    encoder/              schema.json and catalog.safetensors: what every index means
-    unseen.parquet        field, row, value: what of the test rows is UNKNOWN here, and a champion may know
-    dataset.json          row ranges of train, valid and test, hashes, counts
-
-A history is click_log[end - length : end]. Vocabularies are those of the training days alone.
+`components/common/dataset.py` says what lies where, and reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,21 +15,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from components.common.artifacts import file_hash, new_folder, read_json, write_json
 from components.common.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
+from components.common.dataset import UNSEEN, encode_column, narrow, popularity_level
 from components.common.splits import SplitConfig, split_rows
-from models.registry import load_encoder, save_encoder
-from models.schema import SPECIAL, UNKNOWN, Batch, Catalog, Encoder, Feature, Schema, schema_hash
+from models.registry import save_encoder
+from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-UNSEEN = "unseen.parquet"
-TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,129 +49,6 @@ class DatasetConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset, its tensors memory-mapped until `to` moves them. Rows are in time order; `splits[name]` is a range.
-
-    columns   the tensors of rows.safetensors
-    facts     dataset.json
-    streams   the rows stay on the host, and `batches` fetches one ahead; catalog and click log lie on the device
-    """
-
-    encoder: Encoder
-    catalog: Catalog
-    columns: dict[str, Tensor]
-    facts: dict[str, Any]
-    streams: bool = False
-
-    @classmethod
-    def open(cls, folder: Path) -> Dataset:
-        """Raises ValueError where a file is missing or is not the one that dataset.json names."""
-        facts = read_json(folder / "dataset.json", "dataset")
-        if file_hash(folder / "rows.safetensors") != facts["data_sha256"]:
-            raise ValueError(f"{folder}/rows.safetensors is not the file that was written; run `dvc repro dataset`")
-        encoder, catalog, found = load_encoder(folder / "encoder")
-        if found != facts["schema_hash"]:
-            raise ValueError(f"{folder}/encoder is not the one that was written; run `dvc repro dataset`")
-        with safe_open(folder / "rows.safetensors", framework="pt") as opened:
-            columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        return cls(encoder, catalog, columns, facts)
-
-    @property
-    def schema(self) -> Schema:
-        return self.encoder.schema
-
-    @property
-    def splits(self) -> dict[str, tuple[int, int]]:
-        return {name: (start, end) for name, (start, end) in self.facts["splits"].items()}
-
-    @property
-    def click_log(self) -> Tensor:
-        return self.columns["click_log"]
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are."""
-        return self.click_log.device
-
-    def to(self, device: torch.device, *, stream: bool = False) -> Dataset:
-        """For batches on `device`: all that they read goes there, or, to `stream`, all but the rows."""
-        moved = {"click_log"} if stream else {"click_log", *self._batch_columns}
-        columns = {name: column.to(device) if name in moved else column for name, column in self.columns.items()}
-        return Dataset(self.encoder, self.catalog.to(device), columns, self.facts, stream)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of what batches read of the rows."""
-        return sum(self.columns[name].nbytes for name in self._batch_columns)
-
-    @property
-    def _batch_columns(self) -> tuple[str, ...]:
-        fields = (f"field.{feature.name}" for feature in self.schema.impression_fields)
-        return (*fields, "item", "end", "length", "label")
-
-    def batch(self, rows: Tensor | slice) -> Batch:
-        """The rows (a slice, or int64 indices that lie where the rows do) as a batch."""
-        return self._widen(self._gather(rows))
-
-    def fetched(self, chunks: Iterable[Tensor | slice]) -> Iterator[list[Tensor]]:
-        """For each chunk of rows, what `arranged` makes a batch of: its indices or, where the dataset streams, columns.
-
-        A thread gathers those while the batch before is in use. To a CUDA device they also cross meanwhile, from pinned
-        memory and on a stream of their own.
-        """
-        if not self.streams:
-            for rows in chunks:
-                assert isinstance(rows, Tensor)  # a CUDA graph reads them from where they lie
-                yield [rows]
-            return
-        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with ThreadPoolExecutor(1) as thread:
-            fetching: Future[list[Tensor]] | None = None
-            for chunk in (*chunks, None):
-                fetched, fetching = fetching, None if chunk is None else thread.submit(self._gather, chunk, side)
-                if fetched is None:
-                    continue
-                columns = fetched.result()
-                if side is not None:
-                    for column in columns:  # its memory is not for the next fetch before this stream is done with it
-                        column.record_stream(torch.cuda.current_stream(self.device))
-                yield columns
-
-    def arranged(self, fetched: Sequence[Tensor]) -> Batch:
-        """A batch of what was fetched."""
-        return self._widen(list(fetched)) if self.streams else self.batch(fetched[0])
-
-    def batches(self, chunks: Iterable[Tensor | slice]) -> Iterator[Batch]:
-        """A batch for each chunk of rows, fetched ahead where the dataset streams."""
-        return map(self.arranged, self.fetched(chunks)) if self.streams else map(self.batch, chunks)
-
-    def _gather(self, rows: Tensor | slice, side: torch.cuda.Stream | None = None) -> list[Tensor]:
-        """The batch's columns, as narrow as they lie, on the device; through pinned memory where on a side stream."""
-        columns = [self.columns[name][rows] for name in self._batch_columns]
-        if side is None:
-            return [column.to(self.device) for column in columns]
-        with torch.cuda.stream(side):
-            arrived = [column.pin_memory().to(self.device, non_blocking=True) for column in columns]
-        side.synchronize()  # the thread waits, the training stream does not
-        return arrived
-
-    def _widen(self, columns: list[Tensor]) -> Batch:
-        *fields, item_B, end_B, length_B, label_B = columns
-        item_B, end_B = item_B.long(), end_B.long()
-        return Batch(
-            torch.stack([field.long() for field in fields], 1) if fields else item_B.new_zeros(len(item_B), 0),
-            item_B,
-            end_B - length_B.long(),
-            end_B,
-            label_B.float(),
-        )
-
-    def user_ids(self, rows: Tensor | slice) -> Tensor:
-        """Raw user ids, int64."""
-        return self.columns["user_ids"][self.columns["user"][rows].long()]
-
-
 def run(
     config: DatasetConfig, split: SplitConfig, canonical: Path, features: Path, repo: Path, output: Path
 ) -> dict[str, Any]:
@@ -195,12 +62,12 @@ def run(
     columns = encode(config, joined, encoder, catalog)
     log = torch.from_numpy(read_parquet(features / "click_log.parquet")["item_id"].to_numpy().copy())
     columns["click_log"] = catalog.rows(log).to(torch.int32)
-    narrow = {name: _narrow(column) for name, column in columns.items()}
+    narrowed = {name: narrow(column) for name, column in columns.items()}
     splits = cut.ranges(len(events))
     label = columns["label"].double()
     with new_folder(output) as folder:
         save_encoder(folder / "encoder", encoder, catalog)
-        save_file(narrow, folder / "rows.safetensors")
+        save_file(narrowed, folder / "rows.safetensors")
         facts = {
             "splits": splits,
             "valid_from": cut.valid_day,
@@ -209,7 +76,7 @@ def run(
             "items": len(catalog) - SPECIAL,
             "clicks": len(log),
             "bytes_per_row": sum(
-                c.element_size() for n, c in narrow.items() if n not in ("click_log", "user_ids")
+                c.element_size() for n, c in narrowed.items() if n not in ("click_log", "user_ids")
             ),
             "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
             "data_sha256": file_hash(folder / "rows.safetensors"),
@@ -238,10 +105,8 @@ def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joine
     events  canonical events; item_ids  canonical item ids. Returns the joined rows and float32 [items, width],
     zero where an item has no vector. Raises ValueError where Feast gives back other rows than it was given.
     """
-    import pyarrow as pa
-
-    from components.common.contracts import attributes
-    from components.features.features import NO_ATTRIBUTES, feature_store, popularity_level
+    from components.features.store import feature_store
+    from components.features.views import NO_ATTRIBUTES
 
     last = pc.max(events["timestamp"])
     every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
@@ -368,8 +233,8 @@ def fit(
     vector_IE = torch.from_numpy(np.concatenate([np.zeros((SPECIAL, vectors.shape[1]), np.float32), vectors[order]]))
     catalog = Catalog(
         torch.cat([torch.tensor([nothing, nothing]), ids]),
-        _narrow(torch.cat([unknown, columns])),
-        {name: _narrow(values) for name, values in sets.items()},
+        narrow(torch.cat([unknown, columns])),
+        {name: narrow(values) for name, values in sets.items()},
         vector_IE if vectors.shape[1] else None,
     )
     return encoder, catalog
@@ -401,24 +266,7 @@ def unseen(columns: dict[str, Tensor], fields: dict[str, pa.ChunkedArray], rows:
     return pa.concat_tables(parts)
 
 
-def encode_column(encoder: Encoder, name: str, column: pa.ChunkedArray) -> Tensor:
-    """int64 indices of an Arrow column: the encoder sees each distinct value once."""
-    encoded = column.combine_chunks().dictionary_encode()
-    index = torch.cat([encoder.encode(name, encoded.dictionary.to_pylist()), torch.zeros(1, dtype=torch.int64)])
-    row = torch.from_numpy(encoded.indices.fill_null(len(index) - 1).to_numpy().astype(np.int64))
-    return index[row]  # a null is PADDING
-
-
 def _frequent(values: pa.ChunkedArray, min_count: int) -> Sequence[Any]:
     counts = pc.value_counts(values.drop_null().combine_chunks())
     kept = counts.field(0).filter(pc.greater_equal(counts.field(1), min_count))
     return sorted(kept.to_pylist())
-
-
-def _narrow(column: Tensor) -> Tensor:
-    """The same integers in the narrowest type of TYPES; floats as they are."""
-    if column.is_floating_point() or not column.numel():
-        return column.contiguous()
-    low, high = int(column.min()), int(column.max())
-    kind = next(t for t in TYPES if torch.iinfo(t).min <= low and high <= torch.iinfo(t).max)
-    return column.to(kind).contiguous()

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bento.store import store_files, store_identity
 from components.common.artifacts import read_json
-from components.features.features import FeaturesConfig, feature_store
+from components.features.store import feature_store
+from components.features.views import FeaturesConfig
 
 if TYPE_CHECKING:
     from feast import FeatureStore

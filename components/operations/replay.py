@@ -36,7 +36,8 @@ from bento.store import served
 from components.common.artifacts import read_json
 from components.common.contracts import ARRIVAL, HISTORY, Canonical, read_parquet, write_days
 from components.features.dataset import point_in_time
-from components.features.features import ONLINE, SECOND, FeaturesConfig, apply, feature_store, write_sources
+from components.features.store import apply, feature_store
+from components.features.views import ONLINE_VIEWS, SECOND, FeaturesConfig, write_sources
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -133,7 +134,7 @@ def serve_again(
             silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
             with feature_store(scratch / "feature_repo") as store, silent[0], silent[1]:
                 apply(store, output)
-                store.materialize(datetime(1990, 1, 1, tzinfo=ZONE), moment, feature_views=list(ONLINE))
+                store.materialize(datetime(1990, 1, 1, tzinfo=ZONE), moment, feature_views=list(ONLINE_VIEWS))
                 answer = _read(store, row)
             yield answer
 
@@ -175,7 +176,7 @@ def _scratch(root: Path, data: Canonical, features: Path, repo: Path, drawn: pa.
 def _read(store: FeatureStore, row: dict[str, Any]) -> dict[str, Any]:
     """What the store serves at the impression's moment."""
     found: dict[str, Any] = {}
-    for name in ONLINE:
+    for name in ONLINE_VIEWS:
         view = store.get_feature_view(name)
         key = view.join_keys[0]
         ttl = dict.fromkeys((feature.name for feature in view.features), (view.ttl or timedelta()).total_seconds())

@@ -22,7 +22,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
 from components.common.artifacts import new_folder, write_json
-from components.features.dataset import UNSEEN, Dataset, encode_column
+from components.common.dataset import UNSEEN, Dataset, encode_column
 from components.release import registry
 from models.registry import Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch

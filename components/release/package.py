@@ -30,8 +30,7 @@ import bento
 from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_CANDIDATES, SERVING
 from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.common.contracts import read_parquet
-from components.features.dataset import Dataset
-from components.features.features import popularity_level
+from components.common.dataset import Dataset, popularity_level
 from models.registry import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 

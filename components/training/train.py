@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import models
 from components.common.artifacts import file_hash, new_file, new_folder, write_json
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training.parallel import Ranks, local_rank, ranks, with_whole_batch_norms
 from components.training.warm_start import Start, take_weights
 from models.layers import Ranker, part_of_batch

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from components.common.artifacts import folder_hash, read_json
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from models.layers import Ranker
 from models.registry import Checkpoint, load, network_config
 from models.schema import SPECIAL, UNKNOWN, Encoder, Feature, Schema, lookup

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 
 from harness import ROOT, one_thread, report
 
+from components.features.store import apply, feature_store
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -57,13 +59,12 @@ def measure(kind: str, root: Path) -> dict[str, list[float]]:
     import numpy as np
 
     from bento.store import feast_reader
-    from components.features import features
     from components.operations.push import Click, push
 
     rng = np.random.default_rng(7)
     repo = make_repo(kind, root, rng)
-    with features.feature_store(repo) as store:
-        features.apply(store, root / "data" / "features")
+    with feature_store(repo) as store:
+        apply(store, root / "data" / "features")
         views = ["user_profile", "user_history", "item_embedding"]
         store.materialize(datetime(2020, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC), feature_views=views)
         (root / "data" / "features" / "receipt.json").write_text("{}")  # the stores are whole
@@ -121,7 +122,7 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     import yaml
 
     from components.common.contracts import UTC
-    from components.features.features import SOURCES
+    from components.features.views import VIEWS
 
     sources = root / "data" / "features" / "sources"
     sources.mkdir(parents=True)
@@ -138,7 +139,7 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     write("item_popularity", ITEMS, item_id=items, views=items, clicks=items)
     vectors = pa.array(rng.normal(size=(ITEMS, WIDTH)).tolist(), pa.list_(pa.float32()))
     write("item_embedding", ITEMS, item_id=items, embedding=vectors)
-    assert {file.stem for file in sources.iterdir()} == set(SOURCES)
+    assert {file.stem for file in sources.iterdir()} == set(VIEWS)
     shutil.copytree(ROOT / "feature_repo", root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
     if kind == "redis":
         file = root / "feature_repo" / "feature_store.yaml"

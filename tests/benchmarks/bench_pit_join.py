@@ -16,6 +16,9 @@ from pathlib import Path
 
 from harness import ROOT, one_thread, report
 
+from components.features import views
+from components.features.store import apply, feature_store
+
 ROUNDS, GOAL = 3, 2.0  # the most that Feast may take of what the join by hand takes
 SIZES = (300_000, 900_000, 3_600_000)
 ITEMS, DAYS, DAY = 91_717, 20, 86_400
@@ -51,7 +54,6 @@ def make_world(root: Path, rows: int) -> None:
     import pyarrow.parquet as pq
 
     from components.common.contracts import UTC, Canonical, write_days
-    from components.features import features
 
     rng = np.random.default_rng(7)
     mass = np.arange(1, ITEMS + 1) ** -0.8
@@ -74,13 +76,13 @@ def make_world(root: Path, rows: int) -> None:
     pq.write_table(pa.table(table), root / "embedding" / "item_embedding.parquet")
     output = root / "data" / "features"
     (output / "sources").mkdir(parents=True)
-    config = features.FeaturesConfig(
+    config = views.FeaturesConfig(
         availability_lag_seconds=0, popularity_days=7, history_length=50, online_sample=1
     )  # fmt: skip
-    features.write_sources(config, Canonical(root / "canonical"), root / "embedding", output)
+    views.write_sources(config, Canonical(root / "canonical"), root / "embedding", output)
     shutil.copytree(ROOT / "feature_repo", root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
-    with features.feature_store(root / "feature_repo") as store:
-        features.apply(store, output)
+    with feature_store(root / "feature_repo") as store:
+        apply(store, output)
 
 
 def joined(root: Path, join: str) -> list[float]:
@@ -89,7 +91,7 @@ def joined(root: Path, join: str) -> list[float]:
 
     from components.common.contracts import Canonical
     from components.features.dataset import point_in_time
-    from components.features.features import feature_store
+    from components.features.store import feature_store
 
     names = ["user_id", "item_id", "event_timestamp"]
     rows = Canonical(root / "canonical").events().select(["user_id", "item_id", "timestamp"]).rename_columns(names)

@@ -21,11 +21,12 @@ import torch  # noqa: E402
 from sklearn.metrics import log_loss, roc_auc_score  # noqa: E402
 
 from components.common.config import load  # noqa: E402
+from components.common.dataset import Dataset  # noqa: E402
 from components.common.splits import SplitConfig  # noqa: E402
 from components.data import ingest, validate  # noqa: E402
 from components.features import dataset, embed, features  # noqa: E402
-from components.features.dataset import Dataset, DatasetConfig  # noqa: E402
-from components.features.features import FeaturesConfig  # noqa: E402
+from components.features.dataset import DatasetConfig  # noqa: E402
+from components.features.views import FeaturesConfig  # noqa: E402
 from components.release.evaluate import group_auc  # noqa: E402
 from components.training import train  # noqa: E402
 from components.training.parallel import Ranks  # noqa: E402

@@ -11,7 +11,7 @@ from harness import report, seconds
 from torch import Tensor
 from worlds import Published, Training, criteo, microlens
 
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from models.registry import TRAINING
 
 WORLDS: dict[str, Callable[[int], Dataset]] = {"qin/microlens": microlens, "sdcnv3/criteo": criteo}

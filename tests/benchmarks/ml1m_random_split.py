@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training.train import TrainConfig
 from models import registry
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash

@@ -26,9 +26,10 @@ from harness import machine
 from rich.console import Console
 from rich.table import Table
 
+from components.common.dataset import Dataset
 from components.data.ingest import IngestConfig
-from components.features.dataset import Dataset, DatasetConfig
-from components.features.features import FeaturesConfig
+from components.features.dataset import DatasetConfig
+from components.features.views import FeaturesConfig
 from components.training.train import TrainConfig
 from models import registry
 from models.layers import Ranker

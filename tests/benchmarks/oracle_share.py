@@ -31,10 +31,11 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from components.common.contracts import ORACLE
+from components.common.dataset import Dataset
 from components.data.ingest import IngestConfig
 from components.data.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
-from components.features.dataset import Dataset, DatasetConfig
-from components.features.features import FeaturesConfig
+from components.features.dataset import DatasetConfig
+from components.features.views import FeaturesConfig
 from components.training.train import PRECISIONS, TrainConfig
 from models import registry
 

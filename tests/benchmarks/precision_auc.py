@@ -15,7 +15,7 @@ import torch
 from harness import ROOT, report
 
 from components.common.config import load
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training import train
 from components.training.parallel import Ranks
 from models.registry import build

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from components.common.config import load
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training.parallel import Ranks
 from components.training.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
 from models.losses import tri_bce

@@ -196,7 +196,7 @@ def make_store(world: World) -> Path:
 
 def fill_store(world: World, repo: Path) -> None:
     """What `features` does once the sources are written."""
-    from components.features.features import apply, feature_store
+    from components.features.store import apply, feature_store
 
     with feature_store(repo) as store:
         apply(store, world.features)

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from components.common.artifacts import file_hash
-from components.features.dataset import UNSEEN, encode_column, unseen
+from components.common.dataset import UNSEEN, encode_column
+from components.features.dataset import unseen
 from models.registry import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 

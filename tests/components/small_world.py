@@ -18,6 +18,7 @@ import torch
 from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import ARRIVAL
 from components.common.contracts import UTC as TIMESTAMP
+from components.common.dataset import Dataset
 from components.common.splits import SplitConfig
 from components.data import ingest, sources, validate
 from components.data.ingest import IngestConfig
@@ -26,9 +27,8 @@ from components.data.sources.files import FilesConfig, TableConfig
 from components.data.sources.simulator import SimulatorConfig
 from components.data.validate import ValidateConfig
 from components.features import embed
-from components.features.dataset import Dataset
 from components.features.embed import EmbedConfig
-from components.features.features import FeaturesConfig
+from components.features.views import FeaturesConfig
 from models.metrics import auc
 from models.registry import build
 

@@ -15,7 +15,7 @@ from components.data.ingest import IngestConfig
 from components.data.validate import ValidateConfig
 from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
-from components.features.features import FeaturesConfig
+from components.features.views import FeaturesConfig
 from components.release.evaluate import EvaluateConfig
 from components.release.gate import GateConfig
 from components.release.package import PackageConfig

@@ -27,12 +27,13 @@ from PIL import Image
 
 from components.common.artifacts import folder_hash, read_json
 from components.common.contracts import PICTURES, Canonical
+from components.common.dataset import Dataset
 from components.data import ingest, pictures
 from components.data.pictures import ABSENT, BROKEN, LARGE, OUTSIDE, VAST, UnreadableError, decode
 from components.data.sources import RawTables
 from components.data.sources.files import FilesConfig
 from components.features import dataset, embed, features
-from components.features.dataset import Dataset, DatasetConfig
+from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
 from components.features.encoders import describe
 from tests.components.small_world import (

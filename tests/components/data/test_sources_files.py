@@ -22,12 +22,13 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pyarrow import csv
 
 from components.common.contracts import Canonical
+from components.common.dataset import UNSEEN, Dataset
 from components.common.splits import SplitConfig, split_rows
 from components.data import ingest, validate
 from components.data.sources import files
 from components.data.sources.files import FilesConfig, TableConfig
 from components.features import dataset, embed, features
-from components.features.dataset import UNSEEN, Dataset, DatasetConfig
+from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
 from models.schema import bucket, trimmed
 from tests.components.small_world import (

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from components.common.contracts import Canonical, read_parquet
+from components.common.dataset import Dataset
 from components.common.splits import SplitConfig, split_rows
 from components.data import ingest, validate
 from components.data.sources import timeless
 from components.features import dataset, embed, features
-from components.features.dataset import Dataset, DatasetConfig
+from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
+from components.features.store import feature_store
 from models.schema import SPECIAL
 from tests.components.small_world import FEATURES, SPLIT, VALIDATE, Folders, ingest_config, learn, new_repo
 
@@ -189,7 +191,7 @@ def test_the_server_reads_the_newest_history(folders: Folders, given: Layout) ->
     table = read_parquet(folders.features / "sources" / "user_history.parquet")
     served = dict(zip(table["user_id"].to_pylist(), table["history"].to_pylist(), strict=True))
     assert served == {user: seq[-FEATURES.history_length :] for user, seq in newest.items() if seq}
-    with features.feature_store(folders.repo) as store:
+    with feature_store(folders.repo) as store:
         user = next(iter(served))
         online = store.get_online_features(["user_history:history"], [{"user_id": user}]).to_dict()
     assert list(online["history"][0]) == served[user]

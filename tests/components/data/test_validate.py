@@ -27,7 +27,7 @@ from components.common.verdict import require
 from components.data import frames, ingest, rules, validate
 from components.data.sources import RawTables, simulator
 from components.data.validate import ValidateConfig
-from components.features import embed, features
+from components.features import embed, features, views
 from tests.components.small_world import (
     PROJECT,
     VALIDATE,
@@ -505,7 +505,7 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
         )
     with pytest.raises(ValueError, match="the data did not pass"):
         features.run(
-            features.FeaturesConfig(availability_lag_seconds=0, popularity_days=7, history_length=5, online_sample=5),
+            views.FeaturesConfig(availability_lag_seconds=0, popularity_days=7, history_length=5, online_sample=5),
             canonical,
             cells.report_file,
             tmp_path / "embedding",

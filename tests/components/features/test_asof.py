@@ -16,9 +16,9 @@ from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueTyp
 from feast.types import Array, Int64, String
 
 from components.common.contracts import Canonical
-from components.features import features
+from components.features import views
 from components.features.dataset import point_in_time
-from components.features.features import feature_store
+from components.features.store import apply, feature_store
 from tests.components.small_world import FEATURES as CONFIG
 from tests.components.small_world import PROJECT, hand_tables, prepare
 
@@ -147,7 +147,7 @@ def test_two_candidates_of_one_user_at_one_time(tmp_path: Path, kind: str) -> No
     world = prepare(hand_tables(), tmp_path)
     (world.features / "sources").mkdir(parents=True)
     data = Canonical(world.canonical)
-    features.write_sources(CONFIG, data, world.embedding, world.features)
+    views.write_sources(CONFIG, data, world.embedding, world.features)
     settings = world.repo / "feature_store.yaml"
     settings.write_text(settings.read_text().replace("asof.AsofOfflineStore", kind))
     events = data.events()
@@ -156,7 +156,7 @@ def test_two_candidates_of_one_user_at_one_time(tmp_path: Path, kind: str) -> No
     items.append(items[0])
     rows = pa.table({"user_id": [user] * 3, "item_id": items, "event_timestamp": pa.repeat(last, 3)})
     with feature_store(world.repo) as store:
-        features.apply(store, world.features)
+        apply(store, world.features)
         if kind == "file":
             with pytest.raises(ValueError, match="3 rows went into Feast's join, 1 came back"):
                 point_in_time(store, "training", rows)

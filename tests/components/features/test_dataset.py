@@ -19,11 +19,12 @@ import torch
 
 from components.common.artifacts import folder_hash
 from components.common.contracts import ARRIVAL, ORACLE, UTC, Canonical
+from components.common.dataset import Dataset, narrow, popularity_level
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data.sources import RawTables
-from components.features import dataset, features
-from components.features.dataset import Dataset, DatasetConfig, Joined
-from components.features.features import popularity_level
+from components.features import dataset, features, views
+from components.features.dataset import DatasetConfig, Joined
+from components.features.store import apply, feature_store
 from models.schema import PADDING, SPECIAL, UNKNOWN
 from tests.components.small_world import (
     DAY,
@@ -147,9 +148,9 @@ def joined(raw: RawTables, root: Path) -> tuple[Joined, pa.Table, list[list[int]
     made = prepare(raw, root)
     canonical = Canonical(made.canonical)
     (made.features / "sources").mkdir(parents=True)
-    features.write_sources(FEATURES, canonical, made.embedding, made.features)
-    with features.feature_store(made.repo) as store:
-        features.apply(store, made.features.resolve())
+    views.write_sources(FEATURES, canonical, made.embedding, made.features)
+    with feature_store(made.repo) as store:
+        apply(store, made.features.resolve())
     found, _ = dataset.join(canonical.events(), canonical.items()["item_id"], made.repo)
     log = pq.read_table(made.features / "click_log.parquet")["item_id"].to_numpy()
     return (
@@ -406,7 +407,7 @@ def test_types_are_narrow(data: Dataset, rows: list[Row]) -> None:
     ],
 )
 def test_narrowest_type(values: list[int], kind: torch.dtype) -> None:
-    column = dataset._narrow(torch.tensor(values))
+    column = narrow(torch.tensor(values))
     assert column.dtype == kind and column.tolist() == values
 
 

@@ -19,8 +19,11 @@ import pytest
 from components.common.artifacts import folder_hash, read_json
 from components.common.contracts import ARRIVAL, Canonical
 from components.common.contracts import UTC as TIMESTAMP
-from components.features import features
-from components.features.features import FeaturesConfig, popularity_level
+from components.common.dataset import popularity_level
+from components.features import features, views
+from components.features.store import check_online, feature_store
+from components.features.views import VIEWS
+from components.features.views import FeaturesConfig
 from tests.components.small_world import (
     DAY,
     DAYS,
@@ -81,7 +84,7 @@ def written(
     config = CONFIGS[request.param]
     output = tmp_path_factory.mktemp("sources")
     (output / "sources").mkdir()
-    _, end = features.write_sources(config, Canonical(prepared.canonical), prepared.embedding, output)
+    _, end = views.write_sources(config, Canonical(prepared.canonical), prepared.embedding, output)
     return config, sources(output), end
 
 
@@ -162,7 +165,7 @@ def test_nothing_is_known_before_it_arrived(tmp_path: Path) -> None:
     rows = plain_rows(events)
     arrival = [micro or 0 for micro in events[ARRIVAL].cast(pa.int64()).to_pylist()]
     (tmp_path / "sources").mkdir()
-    features.write_sources(FEATURES, Canonical(late.canonical), late.embedding, tmp_path)
+    views.write_sources(FEATURES, Canonical(late.canonical), late.embedding, tmp_path)
     found, lag = sources(tmp_path), FEATURES.availability_lag_seconds * 1_000_000
     known = [max((r.second + 1) * 1_000_000 + lag, came) for r, came in zip(rows, arrival, strict=True)]
     clicks = sorted((r.user, at, r.micro, r.item) for r, at in zip(rows, known, strict=True) if r.label)
@@ -207,7 +210,7 @@ def test_days_delivered_again_change_no_source(device: str | None, tmp_path: Pat
     assert events["device"].equals(before["device"]) == (device is None)
     for made in (once, twice):
         (made.features / "sources").mkdir(parents=True)
-        features.write_sources(FEATURES, Canonical(made.canonical), made.embedding, made.features)
+        views.write_sources(FEATURES, Canonical(made.canonical), made.embedding, made.features)
     assert folder_hash(once.features) == folder_hash(twice.features)
 
 
@@ -215,7 +218,7 @@ def test_users_without_attributes_are_known(prepared: Folders, tmp_path: Path) -
     raw = hand_tables()
     bare = prepare(replace(raw, users=raw.users.select(["user_id"])), tmp_path / "bare")
     (tmp_path / "sources").mkdir()
-    features.write_sources(FEATURES, Canonical(bare.canonical), bare.embedding, tmp_path)
+    views.write_sources(FEATURES, Canonical(bare.canonical), bare.embedding, tmp_path)
     assert {r["known"] for r in sources(tmp_path)["user_profile"]} == {"yes"}
 
 
@@ -241,7 +244,7 @@ def test_the_online_store_serves_the_values_counted_by_hand(receipt: dict, prepa
     raw = hand_tables()
     users, items = (table[f"{name}_id"].to_pylist() for name, table in (("user", raw.users), ("item", raw.items)))
     end = int(datetime.fromisoformat(receipt["materialized_until"]).timestamp() * 1_000_000)
-    with features.feature_store(prepared.repo) as store:
+    with feature_store(prepared.repo) as store:
         served = store.get_online_features(
             features=store.get_feature_service("serving"), entity_rows=[{"user_id": user} for user in [*users, 1]]
         ).to_dict()
@@ -264,7 +267,7 @@ def test_the_online_store_serves_the_values_counted_by_hand(receipt: dict, prepa
 def test_the_receipt_counts(receipt: dict, prepared: Folders, rows: list[Row]) -> None:
     found = sources(prepared.features)
     assert receipt["clicks"] == sum(r.label for r in rows) == len(found["click_log"])
-    assert receipt["rows"] == {name: len(found[name]) for name in features.SOURCES}
+    assert receipt["rows"] == {name: len(found[name]) for name in VIEWS}
     assert receipt["embedding_version"] == read_json(prepared.embedding / "fit.json", "embed")["version"]
     # every user and item of this world: region, history, views and clicks, embedding
     views = {name: len({r[key] for r in found[name]}) for name, key in
@@ -291,8 +294,8 @@ def test_a_difference_in_the_online_store_is_found(
     copy = Folders(tmp_path / "copy")
     shutil.copytree(prepared.root, copy.root)
     sample = (copy.features / "sources", FEATURES.online_sample)
-    with features.feature_store(copy.repo) as store:
-        assert features.check_online(store, *sample) == receipt["online_values_compared"]
+    with feature_store(copy.repo) as store:
+        assert check_online(store, *sample) == receipt["online_values_compared"]
     with closing(sqlite3.connect(copy.features / "online.db")) as db, db:
         where = f"clickloop_{view} where feature_name = '{feature}'"
         old = [Value.FromString(v) for (v,) in db.execute(f"select value from {where}")]
@@ -314,8 +317,8 @@ def test_a_difference_in_the_online_store_is_found(
             ).rowcount
         assert changed
     told = rf"online store: {view}:{feature} of \w+_id \d+ is .*, offline .*; delete the store and run"
-    with features.feature_store(copy.repo) as store, pytest.raises(ValueError, match=told):
-        features.check_online(store, *sample)
+    with feature_store(copy.repo) as store, pytest.raises(ValueError, match=told):
+        check_online(store, *sample)
 
 
 def test_a_repo_that_reads_elsewhere_is_refused(prepared: Folders, tmp_path: Path) -> None:
@@ -330,7 +333,7 @@ def test_a_repo_that_reads_elsewhere_is_refused(prepared: Folders, tmp_path: Pat
 def test_no_repo_at_all(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"feature_store\.yaml is not there; name the Feast repo's folder"),
-        features.feature_store(tmp_path),
+        feature_store(tmp_path),
     ):
         pass
 
@@ -341,6 +344,6 @@ def test_queries_scale_with_events_and_not_with_days() -> None:
     events = pa.table({"item_id": [1, 1], "us": us, "label": pa.array([1, 0], pa.int8()), "arrival": [0, 0]})
     with duckdb.connect() as db:
         db.register("events", events)
-        found = db.sql(features.ITEM_POPULARITY, params={"day": features.DAY, "lag": 0, "days": 7}).fetchall()
-    day = [(row[1] // features.DAY) - START // DAY for row in found]
+        found = db.sql(views.ITEM_POPULARITY, params={"day": views.DAY, "lag": 0, "days": 7}).fetchall()
+    day = [(row[1] // views.DAY) - START // DAY for row in found]
     assert list(zip(day, [r[2:] for r in found], strict=True)) == [(1, (1, 1)), (8, (0, 0)), (3651, (1, 0))]

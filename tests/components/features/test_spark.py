@@ -17,8 +17,10 @@ from feast import FeatureStore
 from feast.repo_operations import get_repo_files
 
 from components.common.contracts import Canonical, read_parquet
-from components.features import dataset, features
+from components.common.dataset import Dataset
+from components.features import dataset, features, views
 from components.features.dataset import DatasetConfig, point_in_time
+from components.features.store import feature_store
 from components.operations import replay
 from tests.components.small_world import FEATURES, PROJECT, SPLIT, Folders, hand_tables, prepare, with_arrivals
 
@@ -70,7 +72,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Folde
 
 
 def test_the_dataset_is_the_same_to_the_byte(worlds: dict[str, Folders]) -> None:
-    ours, sparks = (dataset.Dataset.open(worlds[name].dataset) for name in STORES)
+    ours, sparks = (Dataset.open(worlds[name].dataset) for name in STORES)
     assert ours.facts == sparks.facts
     assert ours.facts["data_sha256"] and ours.facts["schema_hash"]
     assert ours.catalog.vector_IE is not None and ours.catalog.vector_IE.any()
@@ -82,7 +84,7 @@ def test_the_joined_rows_have_the_same_types_and_values(worlds: dict[str, Folder
     rows = events.rename_columns(["user_id", "item_id", "event_timestamp"])
     found = []
     for name in STORES:
-        with features.feature_store(worlds[name].repo) as store:
+        with feature_store(worlds[name].repo) as store:
             kind = type(store._get_provider().offline_store).__name__
             assert kind == {"default": "AsofOfflineStore", "spark": "SparkFilesOfflineStore"}[name]
             table = point_in_time(store, "training", rows)
@@ -99,7 +101,7 @@ def test_two_candidates_of_one_user_at_one_time_are_two_rows(worlds: dict[str, F
     rows = pa.concat_tables([shown, shown, shown]).rename_columns(["user_id", "item_id", "event_timestamp"])
     items = events["item_id"].unique().to_pylist()[:2]
     rows = rows.set_column(1, "item_id", pa.array([*items, items[0]]))  # and one of them twice
-    with features.feature_store(worlds["spark"].repo) as store:
+    with feature_store(worlds["spark"].repo) as store:
         joined = point_in_time(store, "training", rows).to_pylist()
     assert [row["item_id"] for row in joined] == [*items, items[0]]
     assert joined[0] == joined[2] != joined[1]
@@ -109,7 +111,7 @@ def test_two_candidates_of_one_user_at_one_time_are_two_rows(worlds: dict[str, F
 def served(store: FeatureStore, world: Folders) -> dict[str, Any]:
     """All that the online store holds, with its times."""
     found: dict[str, Any] = {}
-    for name in features.ONLINE:
+    for name in views.ONLINE_VIEWS:
         view = store.get_feature_view(name)
         keys = read_parquet(world.features / "sources" / f"{name}.parquet")[view.join_keys[0]].unique().to_pylist()
         found[name] = store.get_online_features(
@@ -122,10 +124,10 @@ def served(store: FeatureStore, world: Folders) -> dict[str, Any]:
 def test_the_online_store_serves_the_same_values_and_times(worlds: dict[str, Folders]) -> None:
     found = []
     for world in worlds.values():
-        with features.feature_store(world.repo) as store:
+        with feature_store(world.repo) as store:
             found.append(served(store, world))
     ours, sparks = found
-    assert list(ours) == list(features.ONLINE)
+    assert list(ours) == list(views.ONLINE_VIEWS)
     assert any(ours["user_history"]["history"]) and all(ours["item_popularity"]["views__ts"])
     assert sparks == ours
 

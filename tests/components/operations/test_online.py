@@ -27,6 +27,7 @@ import pytest
 from bento.store import feast_reader
 from components.common.contracts import Canonical
 from components.features import features
+from components.features.store import apply, feature_store
 from components.operations import push
 from components.operations.push import Click
 from tests.components.small_world import (
@@ -144,7 +145,7 @@ def test_pushed_clicks_are_served(served: Folders, rows: list[Row], monkeypatch:
     before = {user: known_clicks(rows, user, 10**18, lag) for user in users}
     when = datetime(2024, 4, 1, tzinfo=UTC)
     clicks = [Click(user, 900 + n, when + timedelta(seconds=5 - n)) for user in (users[0], 77) for n in (1, 2)]
-    with features.feature_store(served.repo) as store:
+    with feature_store(served.repo) as store:
         push.push(store, clicks, length)
         push.push(store, [Click(users[1], 5, when), Click(users[1], 5, when)], length)
         push.push(store, [Click(users[0], 903, when)], length)  # a click that comes late stands where it came
@@ -255,8 +256,8 @@ def test_old_histories_are_forgotten_alike(served: Folders, tmp_path: Path, monk
     shutil.copytree(served.root, short.root)
     file = short.repo / "definitions.py"
     file.write_text(file.read_text().replace("HISTORY_TTL = FOREVER", "HISTORY_TTL = timedelta(days=2)"))
-    with features.feature_store(short.repo) as store:
-        features.apply(store, short.features.resolve())
+    with feature_store(short.repo) as store:
+        apply(store, short.features.resolve())
         # the last user: no test above pushed to it
         newest = pq.read_table(short.features / "sources" / "user_history.parquet").to_pylist()[
             -1
@@ -296,14 +297,14 @@ def test_what_left_the_sources_is_served_no_more(
     items = ["item_popularity:views", "item_embedding:embedding"]
 
     def found(folders: Folders) -> tuple[dict[str, list], dict[str, list]]:
-        with features.feature_store(folders.repo) as store:
+        with feature_store(folders.repo) as store:
             return (
                 store.get_online_features(views, [{"user_id": user} for user in (unclicked, left, 6001)]).to_dict(),
                 store.get_online_features(items, [{"item_id": item} for item in (item, unseen)]).to_dict(),
             )
 
     features.run(FEATURES, served.canonical, served.report, served.embedding, served.repo, served.features)
-    with features.feature_store(served.repo) as store:
+    with feature_store(served.repo) as store:
         push.push(store, [Click(6001, 1, datetime(2024, 4, 1, tzinfo=UTC))], FEATURES.history_length)
     users, of_items = found(served)
     assert None not in users["history"] and None not in of_items["views"] and None not in of_items["embedding"]

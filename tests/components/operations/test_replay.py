@@ -19,8 +19,9 @@ from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import ARRIVAL, Canonical
 from components.common.contracts import UTC as TIMESTAMP
 from components.data import ingest
-from components.features import embed, features
+from components.features import embed, features, views
 from components.features.embed import EmbedConfig
+from components.features.store import apply, feature_store
 from components.operations import replay
 from tests.components.data.test_sources_microlens import layout, write
 from tests.components.small_world import (
@@ -58,8 +59,8 @@ def differ(folders: Folders, rows: int = ROWS) -> set[str]:
 
 
 def applied(folders: Folders) -> None:
-    with features.feature_store(folders.repo) as store:
-        features.apply(store, folders.features.resolve())
+    with feature_store(folders.repo) as store:
+        apply(store, folders.features.resolve())
 
 
 def test_a_true_world_has_no_mismatch(world: Folders, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ def late_data(folders: Folders) -> None:
     shutil.copytree(folders.canonical, events)
     for file in events.glob("events/*/*.parquet"):
         pq.write_table(pq.ParquetFile(file).read().drop_columns(ARRIVAL), file)
-    features.write_sources(FEATURES, Canonical(events), folders.embedding, folders.features)
+    views.write_sources(FEATURES, Canonical(events), folders.embedding, folders.features)
 
 
 def rewritten(name: str, change: Callable[[pa.Table], pa.Table]) -> Callable[[Folders], None]:
@@ -120,8 +121,8 @@ def moved(table: pa.Table, column: str, by: int) -> pa.Table:
 def one_second_early(folders: Folders) -> None:
     """The clicks of an impression's own second are in its history."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "CLICKS", features.CLICKS.replace("$second + 1)", "$second + 0)"))
-        features.write_sources(FEATURES, Canonical(folders.canonical), folders.embedding, folders.features)
+        patch.setattr(features, "CLICKS", views.CLICKS.replace("$second + 1)", "$second + 0)"))
+        views.write_sources(FEATURES, Canonical(folders.canonical), folders.embedding, folders.features)
 
 
 FAULTS: dict[str, tuple[Callable[[Folders], None], set[str]]] = {

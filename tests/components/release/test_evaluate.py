@@ -18,7 +18,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from components.common.config import load
-from components.features.dataset import UNSEEN, Dataset
+from components.common.dataset import UNSEEN, Dataset
 from components.release import evaluate
 from components.release.evaluate import EvaluateConfig
 from models.registry import Checkpoint, build, checkpoint_hash, save

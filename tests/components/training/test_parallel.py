@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from components.common.artifacts import write_json
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training import train
 from components.training.parallel import Ranks
 from components.training.train import TrainConfig

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import models
 from components.common.artifacts import folder_hash, write_json
 from components.common.config import load
-from components.features.dataset import Dataset
+from components.common.dataset import Dataset
 from components.training import train
 from components.training.parallel import Ranks
 from components.training.train import Progress, TrainConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from components.common.artifacts import write_json
-from components.features.dataset import UNSEEN, Dataset
+from components.common.dataset import UNSEEN, Dataset
 from components.release.evaluate import predict_translated
 from components.training import train
 from components.training.train import TrainConfig
