@@ -210,7 +210,7 @@ def test_a_killed_run_is_finished_by_the_next(project) -> None:
 
         said = dvc(project, "repro", "train@qin")
         assert ran(said) == {"train@qin"}
-        assert "qin: goes on after epoch " in said
+        assert "qin: continues after epoch " in said
         assert not state.exists()
         resumed = locked(project, "train@qin")
         assert resumed != before

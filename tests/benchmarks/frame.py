@@ -22,14 +22,15 @@ from sklearn.metrics import log_loss, roc_auc_score  # noqa: E402
 
 from components.common.config import load  # noqa: E402
 from components.common.dataset import Dataset  # noqa: E402
+from components.common.scoring import score  # noqa: E402
 from components.common.splits import SplitConfig  # noqa: E402
 from components.data import ingest, validate  # noqa: E402
 from components.features import dataset, embed, features  # noqa: E402
 from components.features.dataset import DatasetConfig  # noqa: E402
 from components.features.views import FeaturesConfig  # noqa: E402
 from components.release.evaluate import group_auc  # noqa: E402
-from components.training import train  # noqa: E402
-from components.training.parallel import Ranks  # noqa: E402
+from components.training.config import TrainConfig  # noqa: E402
+from components.training.loop import Loop  # noqa: E402
 from models.layers import Ranker  # noqa: E402
 from models.schema import Schema  # noqa: E402
 
@@ -65,17 +66,18 @@ def with_history(data: Dataset, length: int) -> Dataset:
 
 
 def run(
-    name: str, make: Callable[[Schema], Ranker], config: train.TrainConfig, data: Dataset
+    name: str, make: Callable[[Schema], Ranker], config: TrainConfig, data: Dataset
 ) -> tuple[Ranker, dict[str, Any]]:
     """Train as the stage does, early stopping on the valid days. Returns the best epoch's model and its figures."""
     torch.manual_seed(config.seed)
     torch._dynamo.reset()  # it compiles the same code for a few models only, and then no more
     model = make(data.schema).to(config.device)
     with tempfile.TemporaryDirectory() as scratch:  # of the run's state, which is of no use later
-        train.SCRATCH = Path(scratch)
         began = time.perf_counter()
-        state, pass_seconds = train.fit(config, model, data, "cold", name, Ranks())
+        loop = Loop(name, config, model, data, scratch=Path(scratch))
+        pass_seconds = loop.run()
         spent = time.perf_counter() - began
+    state = loop.state
     model.to("cpu").load_state_dict(state.best)
     first, last = data.splits["train"]
     return model, {
@@ -94,7 +96,7 @@ def figures(model: Ranker, data: Dataset, split: str) -> dict[str, float]:
     """AUC, group AUC (by user) and logloss of the rows of a split; with an oracle, its AUC and the share reached."""
     rows = data.splits[split]
     part = slice(*rows)
-    logits, _ = train.score(model, data, rows)
+    logits, _ = score(model, data, rows)
     scores, labels = torch.sigmoid(logits).numpy().astype(np.float64), data.columns["label"][part].numpy()
     grouped = group_auc(labels, scores, data.columns["user"][part].numpy())
     found = {"auc": roc_auc_score(labels, scores), "group_auc": grouped or 0.5, "logloss": log_loss(labels, scores)}

@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 
 from components.common.dataset import Dataset
-from components.training.train import TrainConfig
+from components.training.config import TrainConfig
 from models import registry
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash
 

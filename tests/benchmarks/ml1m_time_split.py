@@ -30,7 +30,7 @@ from components.common.dataset import Dataset
 from components.data.ingest import IngestConfig
 from components.features.dataset import DatasetConfig
 from components.features.views import FeaturesConfig
-from components.training.train import TrainConfig
+from components.training.config import TrainConfig
 from models import registry
 from models.layers import Ranker
 from models.schema import Schema

@@ -16,8 +16,8 @@ from harness import ROOT, report
 
 from components.common.config import load
 from components.common.dataset import Dataset
-from components.training import train
-from components.training.parallel import Ranks
+from components.training.config import TrainConfig
+from components.training.loop import Loop
 from models.registry import build
 
 
@@ -35,14 +35,14 @@ def main() -> None:
 def best_auc(asked: argparse.Namespace, family: str, precision: str) -> float:
     """Of so many epochs, through the trainer."""
     data = Dataset.open(asked.dataset)
-    config = load(ROOT / "params.yaml", f"train.{family}", train.TrainConfig)
+    config = load(ROOT / "params.yaml", f"train.{family}", TrainConfig)
     config = replace(config, precision=precision, max_epochs=asked.epochs, device=asked.device)
     torch.manual_seed(config.seed)
     model = build(family, config.network, data.schema).to(asked.device)
     with tempfile.TemporaryDirectory() as scratch:
-        train.SCRATCH = Path(scratch)
-        state, _ = train.fit(config, model, data, "", family, Ranks())
-    return state.progress.best_auc
+        loop = Loop(family, config, model, data, scratch=Path(scratch))
+        loop.run()
+    return loop.state.progress.best_auc
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ What a step costs depends on shapes and popularity, not on what was clicked.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from components.common.config import load
 from components.common.dataset import Dataset
-from components.training.parallel import Ranks
-from components.training.train import State, Step, TrainConfig, adam, keep_freed_memory, train_epoch
+from components.training.config import TrainConfig
+from components.training.loop import Loop
 from models.losses import tri_bce
 from models.registry import PRESETS, TRAINING, build, network_config
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Logits, Schema, history_rows
@@ -40,23 +41,22 @@ class Training:
         network = PRESETS[preset]
         config = load(ROOT / "params.yaml", f"train.{family}", TrainConfig)
         config = replace(config, **{"network": network, **TRAINING[preset], **changes})
-        keep_freed_memory()
         torch.manual_seed(7)
-        self.config, self.data = config, data
+        self.data = data
         self.model = build(family, network, data.schema).to(data.device).train()
-        self.state = State(Path(), "", self.model, adam(config, self.model), config)
-        self.run = Step(config, self.state, data, Ranks())
+        self.loop = Loop(family, config, self.model, data, scratch=Path(os.devnull))  # it saves nothing
 
     def step(self, rows: Tensor) -> Tensor:
         """On a batch of these rows, which is gathered, as in an epoch. Returns its loss."""
         (fetched,) = self.data.fetched([rows])
-        return self.run(fetched, len(rows))
+        return self.loop.step(fetched, len(rows))
 
     def epoch(self) -> float:
         """All rows, in an order of its own. Returns their mean loss."""
-        self.state.progress.step = 0
-        loss = train_epoch(self.config, self.state, self.run, self.data, Ranks(), "", lambda: None)
-        self.state.progress.epoch += 1
+        progress = self.loop.state.progress
+        progress.step = 0
+        loss = self.loop.epoch(lambda: None)
+        progress.epoch += 1
         return loss
 
 

@@ -20,8 +20,8 @@ from components.release.evaluate import EvaluateConfig
 from components.release.gate import GateConfig
 from components.release.package import PackageConfig
 from components.release.smoke import SmokeConfig
+from components.training.config import TrainConfig
 from components.training.start import StartConfig
-from components.training.train import TrainConfig
 from tests.components.small_world import PROJECT
 
 SECTIONS = {

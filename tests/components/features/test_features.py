@@ -22,8 +22,7 @@ from components.common.contracts import UTC as TIMESTAMP
 from components.common.dataset import popularity_level
 from components.features import features, views
 from components.features.store import check_online, feature_store
-from components.features.views import VIEWS
-from components.features.views import FeaturesConfig
+from components.features.views import VIEWS, FeaturesConfig
 from tests.components.small_world import (
     DAY,
     DAYS,

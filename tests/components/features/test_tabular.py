@@ -27,8 +27,8 @@ from components.release.gate import GateConfig
 from components.release.package import PackageConfig
 from components.release.smoke import Served, SmokeConfig
 from components.training import start, train
+from components.training.config import TrainConfig
 from components.training.start import StartConfig
-from components.training.train import TrainConfig
 from tests.components.small_world import NO_FILES, PROJECT, Folders, ingest_config, new_repo
 
 pytestmark = pytest.mark.slow

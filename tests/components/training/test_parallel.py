@@ -19,9 +19,9 @@ import yaml
 
 from components.common.artifacts import write_json
 from components.common.dataset import Dataset
-from components.training import train
+from components.common.scoring import score
+from components.training.config import TrainConfig
 from components.training.parallel import Ranks
-from components.training.train import TrainConfig
 from models.registry import CHECKPOINT_FILES, load
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +72,7 @@ class World:
 
     def scores(self, model: str, name: str) -> torch.Tensor:
         data = Dataset.open(self.dataset)
-        return train.score(load(self.root / name / model).model, data, data.splits["test"])[0].sigmoid()
+        return score(load(self.root / name / model).model, data, data.splits["test"])[0].sigmoid()
 
 
 @pytest.fixture
@@ -120,9 +120,9 @@ def test_processes_stop_together_and_go_on_to_the_same_bytes(world, networks) ->
             if line.startswith("qin epoch 1:"):
                 process.send_signal(signal.SIGTERM)
     assert process.returncode != 0
-    (step,) = re.findall(r"qin: stopped by SIGTERM in epoch 2 after step (\d+); the same command goes on there", said)
+    (step,) = re.findall(r"qin: stopped by SIGTERM in epoch 2 after step (\d+)\. Run the same command", said)
     assert not (world.root / "cut").exists()
-    assert f"qin: goes on after epoch 1, step {step}\n" in world.train("qin", "cut", 2)
+    assert f"qin: continues after epoch 1, step {step}\n" in world.train("qin", "cut", 2)
     world.train("qin", "whole", 2)
     for file in CHECKPOINT_FILES:
         assert (world.root / "cut/qin" / file).read_bytes() == (world.root / "whole/qin" / file).read_bytes()

@@ -27,12 +27,18 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 import models
+from components.common import dataset as dataset_module
 from components.common.artifacts import folder_hash, write_json
 from components.common.config import load
 from components.common.dataset import Dataset
+from components.common.scoring import score
+from components.training import loop as loop_module
+from components.training import state as state_module
 from components.training import train
-from components.training.parallel import Ranks
-from components.training.train import Progress, TrainConfig
+from components.training.config import TrainConfig
+from components.training.loop import DivergenceError, Loop, OutOfMemoryError
+from components.training.state import Progress, State
+from components.training.step import Step, adam
 from models.kernels import cross_step
 from models.losses import bce, tri_bce
 from models.registry import CHECKPOINT_FILES, FAMILIES, PRESETS, TRAINING
@@ -128,7 +134,7 @@ def test_learns_and_keeps_its_best_epoch(run, config, dataset, model) -> None:
     assert len(history) == 12 or len(history) == best + 2
 
     saved = load_checkpoint(run.root / "out" / model)
-    scores, own_labels = train.score(saved.model, data, (start, end))
+    scores, own_labels = score(saved.model, data, (start, end))
     assert np.array_equal(own_labels.numpy(), labels)
     assert roc_auc_score(labels, scores.numpy()) == pytest.approx(max(aucs), abs=1e-9)
     assert saved.facts["data_sha256"] == data.facts["data_sha256"]
@@ -225,8 +231,10 @@ def test_trains_by_the_published_recipe(config, dropless, dataset, tmp_path, mon
     wanted, wanted_mean, clipped = plain_training(family, asked, data, deepcopy(model), [0.01, 0.01, 0.005])
     assert 0 < sum(clipped) < len(clipped) == 3 * 7
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "auc", lambda *_: aucs.pop(0))
-    state, _ = train.fit(asked, model, data, "", family, Ranks())
+    monkeypatch.setattr(loop_module, "auc", lambda *_: aucs.pop(0))
+    loop = Loop(family, asked, model, data)
+    loop.run()
+    state = loop.state
     kept = wanted_mean if ema else wanted
     torch.testing.assert_close(dict(state.model.named_parameters()), wanted, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close({name: state.best[name] for name in kept}, kept, rtol=1e-6, atol=1e-6)
@@ -235,12 +243,12 @@ def test_trains_by_the_published_recipe(config, dropless, dataset, tmp_path, mon
 def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, config, monkeypatch) -> None:
     orders: list[list[int]] = [[], []]
     masks: list[bytes] = []
-    step, dropout = train.train_step, models.qin.dropout
+    step, dropout = Step.take, models.qin.dropout
 
-    def noted_step(config: TrainConfig, state: Any, loss: Any, here: Ranks, fetched: list[Tensor], rows: int) -> Tensor:
-        orders[state.progress.epoch] += fetched[0].tolist()
+    def noted_step(own: Step, loss: Any, fetched: list[Tensor], rows: int) -> Tensor:
+        orders[own.state.progress.epoch] += fetched[0].tolist()
         masks.append(b"")
-        return step(config, state, loss, here, fetched, rows)
+        return step(own, loss, fetched, rows)
 
     def noted_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
         out = dropout(x, rate, training)
@@ -248,7 +256,7 @@ def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, confi
             masks[-1] = (out[:16] == 0).numpy().tobytes()
         return out
 
-    monkeypatch.setattr(train, "train_step", noted_step)
+    monkeypatch.setattr(Step, "take", noted_step)
     monkeypatch.setattr(models.qin, "dropout", noted_dropout)
     run(config(max_epochs=2), "out")
     assert [sorted(order) for order in orders] == [list(range(1560))] * 2
@@ -259,7 +267,7 @@ def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, confi
 def test_the_running_mean_of_the_weights_is_what_is_judged_and_kept(config, dataset, tmp_path) -> None:
     asked = config("sdcnv3", ema=0.6)
     model = models.registry.build("sdcnv3", asked.network, Dataset.open(dataset).schema)
-    state = train.State(tmp_path, "", model, train.adam(asked, model), asked)
+    state = State(tmp_path, "", model, adam(asked, model), asked)
     wanted = model.deep.out.weight.detach().clone()
     for step in range(1, 20):
         with torch.no_grad():
@@ -303,7 +311,7 @@ def test_a_run_cut_in_the_middle_of_an_epoch_goes_on_to_the_same_bytes(run, conf
     capsys.readouterr()
     assert run(asked, "cut", model) == whole
     said = capsys.readouterr().out
-    assert f"{model}: goes on after epoch 2" in said
+    assert f"{model}: continues after epoch 2" in said
     assert f"{model} epoch 2:" not in said
     assert run.history("cut") == run.history("whole")
 
@@ -369,10 +377,10 @@ def test_a_program_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(ru
     program = Program(run, asked)
     returned, said = program.signalled(signal.Signals[signum], after="qin epoch 2:", seconds=0.15)
     assert returned == code
-    stopped = re.search(rf"qin: stopped by {signum} in epoch 3 after step (\d+); the same command goes on there", said)
+    stopped = re.search(rf"qin: stopped by {signum} in epoch 3 after step (\d+)", said)
     assert stopped and 0 < int(stopped[1]) < 98, said
     said, found = program.finish()
-    assert f"qin: goes on after epoch 2, step {stopped[1]}\n" in said
+    assert f"qin: continues after epoch 2, step {stopped[1]}\n" in said
     assert "qin epoch 2:" not in said and "qin epoch 3:" in said
     assert found == run(asked, "whole")
 
@@ -384,7 +392,7 @@ def test_a_killed_program_goes_on_from_its_last_epoch_to_the_same_bytes(run, con
     code, _ = program.signalled(signal.SIGKILL, after="qin epoch 2:", seconds=0.15)
     assert code == -signal.SIGKILL
     said, found = program.finish()
-    assert re.search(r"qin: goes on after epoch [2-4], step 0\n", said)
+    assert re.search(r"qin: continues after epoch [2-4], step 0\n", said)
     assert found == run(asked, "whole")
 
 
@@ -417,27 +425,27 @@ def test_a_run_stopped_after_any_step_goes_on_to_the_same_bytes(run, config, mon
         total += number
         epoch, step = (total - 1) // 13, (total - 1) % 13 + 1
         assert ended.value.code == 128 + signal.SIGTERM
-        assert f"stopped by SIGTERM in epoch {epoch + 1} after step {step};" in capsys.readouterr().out
+        assert f"stopped by SIGTERM in epoch {epoch + 1} after step {step}. Run" in capsys.readouterr().out
     assert run(asked, "cut", model) == whole
     said = capsys.readouterr().out
-    assert f"{model}: goes on after epoch {epoch}, step {step}\n" in said
+    assert f"{model}: continues after epoch {epoch}, step {step}\n" in said
     # the rest of an epoch tells no speed
     assert ["rows/s" in line for line in said.splitlines() if " epoch " in line][1:] == [False, True, True][: 3 - epoch]
     assert run.history("cut") == run.history("whole")
 
 
 def test_a_run_stopped_in_validation_does_not_train_the_epoch_again(run, config, monkeypatch, capsys) -> None:
-    whole, real = run(config(), "whole"), train.score
+    whole, real = run(config(), "whole"), loop_module.score_pieces
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "score", signalled)
+        patched.setattr(loop_module, "score_pieces", signalled)
         with pytest.raises(SystemExit):
             run(config(), "cut")
-    assert "in epoch 1 after step 13;" in capsys.readouterr().out
+    assert "in epoch 1 after step 13. Run" in capsys.readouterr().out
     taken, step = 0, torch.optim.Adam.step
 
     def counted(optimizer: torch.optim.Adam, *arguments: Any) -> Any:
@@ -453,14 +461,14 @@ def test_a_run_stopped_in_validation_does_not_train_the_epoch_again(run, config,
 def test_the_first_signal_is_noted_and_the_second_acts() -> None:
     before = signal.default_int_handler  # a test run in the background of a shell ignores SIGINT
     signal.signal(signal.SIGINT, before)
-    with train._asked_to_stop() as asked:
+    with loop_module.asked_to_stop() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGINT)
         assert asked() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    with train._asked_to_stop() as asked:
+    with loop_module.asked_to_stop() as asked:
         assert asked() == 0
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -471,7 +479,7 @@ def test_the_state_of_another_config_is_not_used(run, config, capsys) -> None:
     assert run.state.is_file()
     capsys.readouterr()
     assert run(config(lr=0.02), "out") == clean
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues" not in capsys.readouterr().out
 
 
 def test_the_state_of_another_dataset_is_not_used(run, config, raw_rows, write_dataset, capsys) -> None:
@@ -479,12 +487,19 @@ def test_the_state_of_another_dataset_is_not_used(run, config, raw_rows, write_d
     run.dataset = write_dataset(run.root / "dataset", raw_rows(seed=1))
     capsys.readouterr()
     run(config(), "out")
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues" not in capsys.readouterr().out
     assert run.history("out")[0]["epoch"] == 1
 
 
 @pytest.mark.parametrize(
-    "edited", [None, "models/qin.py", "models/kernels/cross_step.c", "components/features/dataset.py"]
+    "edited",
+    [
+        None,
+        "models/qin.py",
+        "models/kernels/cross_step.c",
+        "components/common/dataset.py",
+        "components/training/loop.py",
+    ],
 )
 def test_the_state_of_other_code_is_not_used(run, config, monkeypatch, capsys, edited) -> None:
     run.killed_after(30, config(), "cut")
@@ -494,10 +509,11 @@ def test_the_state_of_other_code_is_not_used(run, config, monkeypatch, capsys, e
         with (run.root / edited).open("a") as opened:
             opened.write("\n")
     monkeypatch.setattr(models, "__file__", str(run.root / "models/__init__.py"))
-    monkeypatch.setattr(train, "__file__", str(run.root / "components/training/train.py"))
+    monkeypatch.setattr(state_module, "__file__", str(run.root / "components/training/state.py"))
+    monkeypatch.setattr(dataset_module, "__file__", str(run.root / "components/common/dataset.py"))
     capsys.readouterr()
     run(config(), "out")
-    assert ("goes on" in capsys.readouterr().out) == (edited is None)
+    assert ("continues" in capsys.readouterr().out) == (edited is None)
 
 
 # ---- where the rows lie, and how exactly they are computed with -----------------------------------------------------
@@ -517,16 +533,16 @@ def test_rows_that_stream_give_the_same_bytes(run, config, monkeypatch, model) -
     assert run(asked, "again", model) == resident
     assert threads == {threading.main_thread()}
     threads.clear()
-    monkeypatch.setattr(train, "fits", lambda *_: False)
+    monkeypatch.setattr(loop_module, "fits", lambda *_: False)
     assert run(asked, "streamed", model) == resident
     assert threads and threading.main_thread() not in threads
 
 
 def test_rows_lie_on_a_gpu_where_they_take_half_of_what_is_free(monkeypatch) -> None:
-    assert train.fits(10**18, torch.device("cpu"))
+    assert loop_module.fits(10**18, torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 1000))
-    assert train.fits(100, torch.device("cuda"))
-    assert not train.fits(101, torch.device("cuda"))
+    assert loop_module.fits(100, torch.device("cuda"))
+    assert not loop_module.fits(101, torch.device("cuda"))
 
 
 def test_row_bytes_are_those_of_what_a_batch_reads(dataset) -> None:
@@ -572,7 +588,7 @@ def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkey
     for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}.items():
         run(replace(asked, device="cuda", **changes), name, model)
         assert valid_auc(run, name) == pytest.approx(valid_auc(run, "cpu"), abs=0.02)
-    monkeypatch.setattr(train, "fits", lambda *_: False)
+    monkeypatch.setattr(loop_module, "fits", lambda *_: False)
     run(replace(asked, device="cuda"), "streamed", model)
     assert valid_auc(run, "streamed") == pytest.approx(valid_auc(run, "fp32"), abs=0.01)
 
@@ -581,9 +597,9 @@ def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkey
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_a_gpu_goes_on_where_it_was_killed(run, config, dropless, monkeypatch, capsys) -> None:
     """The optimizer that is loaded has another tensor for its rate: the graph is recorded after that."""
-    asked, real, calls = config(network=dropless["qin"], device="cuda", compile=True), train.Step.__call__, 0
+    asked, real, calls = config(network=dropless["qin"], device="cuda", compile=True), Step.__call__, 0
 
-    def killed(step: train.Step, *arguments: Any) -> Any:
+    def killed(step: Step, *arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 30:
@@ -592,11 +608,11 @@ def test_a_run_on_a_gpu_goes_on_where_it_was_killed(run, config, dropless, monke
 
     run(asked, "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(train.Step, "__call__", killed)
+        patched.setattr(Step, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             run(asked, "cut")
     run(asked, "cut")
-    assert "goes on after epoch" in capsys.readouterr().out
+    assert "continues after epoch" in capsys.readouterr().out
     whole, cut = run.history("whole"), run.history("cut")
     assert [line["lr"] for line in cut] == [line["lr"] for line in whole]
     assert valid_auc(run, "cut") == pytest.approx(valid_auc(run, "whole"), abs=0.02)
@@ -619,25 +635,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(
     run, config, monkeypatch, when, said
 ) -> None:
     whole = run(config(), "whole")
-    real, kept = train.train_epoch, b""
+    real, kept = Loop.epoch, b""
 
-    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> float:
+    def spoilt(own: Any, *arguments: Any) -> float:
         nonlocal kept
-        epoch = state.progress.epoch
+        epoch = own.state.progress.epoch
         if epoch == 1 and when == "before":
-            poison(state.model)
+            poison(own.state.model)
         if epoch == 1:
             kept = run.state.read_bytes()
-        loss = real(config, state, *arguments)
+        loss = real(own, *arguments)
         if epoch == 1:
-            poison(state.model)
+            poison(own.state.model)
         return loss
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_epoch", spoilt)
-        with pytest.raises(
-            train.DivergenceError, match=rf"qin: the .*loss is nan {said}\. Lower train\.qin\.lr \(0\.01\)"
-        ):
+        patched.setattr(Loop, "epoch", spoilt)
+        with pytest.raises(DivergenceError, match=rf"qin: the .*loss is nan {said}\. Lower train\.qin\.lr \(0\.01\)"):
             run(config(), "out")
     assert not (run.root / "out").exists()
     assert run.state.read_bytes() == kept != b""
@@ -652,24 +666,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(
 def test_a_run_that_is_stopped_after_a_step_that_spoilt_it_keeps_the_state_before(
     run, config, monkeypatch, when, said
 ) -> None:
-    whole, real, kept = run(config(), "whole"), train.train_step, b""
+    whole, real, kept = run(config(), "whole"), Step.take, b""
 
-    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+    def spoilt(own: Any, *arguments: Any) -> Any:
         nonlocal kept
-        now = (state.progress.epoch, state.progress.step) == (1, 4)
+        now = (own.state.progress.epoch, own.state.progress.step) == (1, 4)
         if now:
             kept = run.state.read_bytes()
             os.kill(os.getpid(), signal.SIGTERM)
         if now and when == "before":
-            poison(state.model)
-        loss = real(config, state, *arguments)
+            poison(own.state.model)
+        loss = real(own, *arguments)
         if now:
-            poison(state.model)
+            poison(own.state.model)
         return loss
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", spoilt)
-        with pytest.raises(train.DivergenceError, match=f"qin: {said}"):
+        patched.setattr(Step, "take", spoilt)
+        with pytest.raises(DivergenceError, match=f"qin: {said}"):
             run(config(), "out")
     assert run.state.read_bytes() == kept != b""
     assert run(config(), "out") == whole
@@ -679,20 +693,20 @@ def test_a_run_that_fails_leaves_its_best_epoch_as_a_checkpoint(run, config, mon
     """The best is the second of three epochs, and the fourth spoils the weights. Another run, which ends none, leaves
     it as it is.
     """
-    two, aucs, real = run(config(max_epochs=2), "two"), [0.6, 0.8, 0.7], train.train_step
+    two, aucs, real = run(config(max_epochs=2), "two"), [0.6, 0.8, 0.7], Step.take
     best = run.root / ".scratch/train/qin/best"
 
-    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
-        if state.progress.epoch == 3:
-            poison(state.model)
-        return real(config, state, *arguments)
+    def spoilt(own: Any, *arguments: Any) -> Any:
+        if own.state.progress.epoch == 3:
+            poison(own.state.model)
+        return real(own, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", spoilt)
-        patched.setattr(train, "auc", lambda *_: aucs.pop(0))
+        patched.setattr(Step, "take", spoilt)
+        patched.setattr(loop_module, "auc", lambda *_: aucs.pop(0))
         with pytest.raises(
-            train.DivergenceError,
-            match=r"A changed train\.qin starts from epoch 1; .*, 2, is a checkpoint in \.scratch/train/qin/best$",
+            DivergenceError,
+            match=r"With another train\.qin it starts again .*, 2, is a checkpoint in \.scratch/train/qin/best$",
         ):
             run(config(lr_patience=3), "out")
     assert (best / "model.safetensors").read_bytes() == two["model.safetensors"]
@@ -700,24 +714,24 @@ def test_a_run_that_fails_leaves_its_best_epoch_as_a_checkpoint(run, config, mon
     assert (found.family, found.facts["best_epoch"], found.facts["valid_auc"]) == ("qin", 2, 0.8)
     kept = folder_hash(best)
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", lambda *_: torch.tensor(float("nan")))
-        with pytest.raises(train.DivergenceError, match=r"clip_norm \(10\.0\)$"):
+        patched.setattr(Step, "take", lambda *_: torch.tensor(float("nan")))
+        with pytest.raises(DivergenceError, match=r"clip_norm \(10\.0\)$"):
             run(config(lr=0.005), "out")
     assert folder_hash(best) == kept
 
 
 def test_a_loss_that_is_not_finite_ends_a_long_epoch_early(run, config, monkeypatch) -> None:
-    real, steps = train.train_step, 0
+    real, steps = Step.take, 0
 
-    def spoilt(config: TrainConfig, state: Any, *arguments: Any) -> Any:
+    def spoilt(own: Any, *arguments: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 3:
-            poison(state.model)
-        return real(config, state, *arguments)
+            poison(own.state.model)
+        return real(own, *arguments)
 
-    monkeypatch.setattr(train, "train_step", spoilt)
-    monkeypatch.setattr(train, "CHECK_STEPS", 5)
+    monkeypatch.setattr(Step, "take", spoilt)
+    monkeypatch.setattr(loop_module, "CHECK_STEPS", 5)
     with pytest.raises(ValueError, match=r"the loss is nan in epoch 1, step 3"):
         run(config(), "out")
     assert steps == 5
@@ -738,13 +752,13 @@ def test_a_rate_that_is_too_high_is_told(run, config, lr, said) -> None:
 
 def test_a_loss_that_jumps_ends_the_run_and_a_high_start_does_not(run, config, monkeypatch) -> None:
     """The second epoch computes losses a hundred times too high; the first, all of its steps, ends as it should."""
-    real, factor = train.train_step, {"start": 1.0, "jump": 1.0}
+    real, factor = Step.take, {"start": 1.0, "jump": 1.0}
 
-    def scaled(config: TrainConfig, state: Any, *arguments: Any) -> Any:
-        epoch, step = state.progress.epoch, state.progress.step
-        return real(config, state, *arguments) * (factor["jump"] if epoch else factor["start"] / (step + 1))
+    def scaled(own: Any, *arguments: Any) -> Any:
+        epoch, step = own.state.progress.epoch, own.state.progress.step
+        return real(own, *arguments) * (factor["jump"] if epoch else factor["start"] / (step + 1))
 
-    monkeypatch.setattr(train, "train_step", scaled)
+    monkeypatch.setattr(Step, "take", scaled)
     factor["jump"] = 100.0
     with pytest.raises(ValueError, match=r"qin: the mean training loss is \d\S+ in epoch 2, after 0\.\d+\. Lower"):
         run(config(), "out")
@@ -771,33 +785,33 @@ def of_python() -> None:
 
 @pytest.mark.parametrize("refusal", [of_the_allocator, of_cuda, of_python])
 def test_too_little_memory_names_the_batch_and_keeps_the_last_epoch(run, config, monkeypatch, refusal) -> None:
-    whole, real = run(config(), "whole"), train.train_step
+    whole, real = run(config(), "whole"), Step.take
 
-    def greedy(config: TrainConfig, state: Any, *arguments: Any) -> Any:
-        if state.progress.epoch == 2:
+    def greedy(own: Any, *arguments: Any) -> Any:
+        if own.state.progress.epoch == 2:
             refusal()
-        return real(config, state, *arguments)
+        return real(own, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_step", greedy)
+        patched.setattr(Step, "take", greedy)
         with pytest.raises(
-            train.OutOfMemoryError,
-            match=r"qin: out of memory on cpu: .*\. train\.qin\.batch_size is 128; give 64, or free the device\. A ",
+            OutOfMemoryError,
+            match=r"qin: out of memory on cpu: .*\. train\.qin\.batch_size is 128; give 64, or free the device\. With ",
         ):
             run(config(), "out")
     assert load_checkpoint(run.root / ".scratch/train/qin/best").facts["best_epoch"] in (1, 2)
     assert run(config(), "out") == whole
 
 
-@pytest.mark.parametrize("where", ["score", "adam"])
+@pytest.mark.parametrize("where", ["score_pieces", "adam"])
 def test_too_little_memory_outside_of_a_step_does_not_name_the_batch(run, config, monkeypatch, where) -> None:
-    monkeypatch.setattr(train, where, lambda *_: of_the_allocator())
-    with pytest.raises(train.OutOfMemoryError, match=r"batch_size does not matter; give a smaller train\.qin\.network"):
+    monkeypatch.setattr(loop_module, where, lambda *_: of_the_allocator())
+    with pytest.raises(OutOfMemoryError, match=r"batch_size does not matter; give a smaller train\.qin\.network"):
         run(config(), "out")
 
 
 def test_any_other_error_keeps_its_kind(run, config, monkeypatch) -> None:
-    monkeypatch.setattr(train, "train_step", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(Step, "take", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         run(config(), "out")
 

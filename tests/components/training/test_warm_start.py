@@ -15,10 +15,12 @@ import torch
 
 from components.common.artifacts import write_json
 from components.common.dataset import UNSEEN, Dataset
+from components.common.scoring import score
 from components.release.evaluate import predict_translated
 from components.training import train
-from components.training.train import TrainConfig
+from components.training.config import TrainConfig
 from components.training.warm_start import Start, tables, take_weights
+from models.metrics import auc
 from models.registry import FAMILIES, Checkpoint, build, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature
 
@@ -99,7 +101,7 @@ def begun(world: World, model: str, network: dict[str, Any], data: Dataset) -> t
 
 
 def scores(model: Any, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
-    return train.score(model, data, rows)[0].sigmoid().numpy()
+    return score(model, data, rows)[0].sigmoid().numpy()
 
 
 @pytest.mark.parametrize("model", sorted(FAMILIES))
@@ -207,7 +209,7 @@ def test_a_warm_run_learns_on_from_the_champion(world, config, model, capsys) ->
     start, end = data.splits["valid"]
     labels = torch.from_numpy(world.raw.label[start:end])
     theirs = predict_translated(champion, data, pq.read_table(dataset / UNSEEN), (start, end))
-    before = train.auc(labels, torch.from_numpy(theirs))
+    before = auc(labels, torch.from_numpy(theirs))
     asked = config(model, max_epochs=1, lr=1e-4)
     warm = world.run(asked, model, dataset, "warm-run", world.warm(model))
     cold = world.run(asked, model, dataset, "cold-run", world.cold())
@@ -246,9 +248,9 @@ def test_the_state_of_a_cold_run_is_no_state_of_a_warm_one(world, config, monkey
             patched.setattr(train, "train_step", dead)
             with pytest.raises(KeyboardInterrupt):
                 world.run(asked, "qin", dataset, "out", start)
-        assert "goes on" not in capsys.readouterr().out
+        assert "continues" not in capsys.readouterr().out
     world.run(asked, "qin", dataset, "out", world.warm("qin"))
-    assert "qin: goes on after epoch 1, step 0" in capsys.readouterr().out
+    assert "qin: continues after epoch 1, step 0" in capsys.readouterr().out
 
 
 def test_a_start_that_is_not_whole_is_refused(world, tmp_path) -> None:
