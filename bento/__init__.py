@@ -1,6 +1,6 @@
 """The server: a scorer in plain torch, one read of the online store, and the BentoML service around both.
 
-Files of the model folder, beside those of a checkpoint (models/registry.py):
+Files of the model folder, beside those of a checkpoint (models/checkpoint.py):
 
     item_state.safetensors   NAME -> int64 [I]: per catalog row, the index of each impression feature of origin "item"
     serving.json             version, max_candidates

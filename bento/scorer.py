@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bento import ITEM_STATE
-from models.registry import load
+from models.checkpoint import load
 from models.schema import UNKNOWN, bucket, trimmed
 
 

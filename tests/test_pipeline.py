@@ -24,7 +24,7 @@ import yaml
 
 from components.common.artifacts import folder_hash
 from components.release import registry as champion
-from models.registry import checkpoint_hash
+from models.checkpoint import checkpoint_hash
 
 if TYPE_CHECKING:
     from tests.conftest import Project

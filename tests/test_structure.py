@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
-from models.registry import FAMILIES
+from models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("components", "models", "bento", "dags", "feature_repo")
@@ -70,7 +70,7 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize(
-    ("module", "needed"), [("components.training.train", {"components", "pyarrow"}), ("models.registry", set())]
+    ("module", "needed"), [("components.training.train", {"components", "pyarrow"}), ("models.checkpoint", set())]
 )
 def test_training_needs_few_packages(module, needed) -> None:
     """A GPU machine has torch, numpy, pyarrow, safetensors and tqdm; the rest is refused here as if it were absent."""
@@ -100,9 +100,9 @@ NOT_REACHED = {
     ): "names, for the join; a dataset is opened without them",
     ("components/features/dataset.py", "components/common/splits.py"): "for the join; a dataset is opened without them",
     # the families: encoders and hashes need none; who builds one declares all of models/
-    ("models/registry.py", "models/layers.py"): "Ranker",
-    ("models/registry.py", "models/qin.py"): "a family",
-    ("models/registry.py", "models/sdcnv3.py"): "a family",
+    ("models/families.py", "models/layers.py"): "Ranker",
+    ("models/families.py", "models/qin.py"): "a family",
+    ("models/families.py", "models/sdcnv3.py"): "a family",
 }
 BUILD_MODELS = {"train", "evaluate", "package"}
 

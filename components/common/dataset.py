@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from components.common.artifacts import file_hash, read_json
-from models.registry import load_encoder
+from models.encoder import load_encoder
 from models.schema import Batch, Catalog, Encoder, Schema
 
 if TYPE_CHECKING:

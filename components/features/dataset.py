@@ -22,7 +22,7 @@ from components.common.artifacts import file_hash, new_folder, read_json, write_
 from components.common.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
 from components.common.dataset import UNSEEN, encode_column, narrow, popularity_level
 from components.common.splits import SplitConfig, split_rows
-from models.registry import save_encoder
+from models.encoder import save_encoder
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash
 
 if TYPE_CHECKING:

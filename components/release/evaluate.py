@@ -24,7 +24,7 @@ from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 from components.common.artifacts import new_folder, write_json
 from components.common.dataset import UNSEEN, Dataset, encode_column
 from components.release import registry
-from models.registry import Checkpoint, checkpoint_hash, load
+from models.checkpoint import Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch
 
 SCORE_BATCH = 16_384  # rows scored at once

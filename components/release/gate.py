@@ -54,7 +54,7 @@ def run(
     config: GateConfig, evaluations: Path, checkpoints: Path, dataset: Path, champion: Path, output: Path
 ) -> dict[str, Any]:
     """Judge every evaluated model. Raises ValueError where an evaluation is not of the checkpoint or data on disk."""
-    from models.registry import checkpoint_hash
+    from models.checkpoint import checkpoint_hash
 
     data = read_json(dataset / "dataset.json", "dataset")
     current = registry.current(champion)

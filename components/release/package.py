@@ -31,7 +31,7 @@ from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_CANDIDATES, SERVING
 from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.common.contracts import read_parquet
 from components.common.dataset import Dataset, popularity_level
-from models.registry import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
+from models.checkpoint import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
 GOLDEN_CANDIDATES = 20

@@ -42,7 +42,7 @@ def checkpoint(champion: dict[str, Any]) -> Iterator[Path]:
     """
     from dvc.api import DVCFileSystem
 
-    from models.registry import checkpoint_hash
+    from models.checkpoint import checkpoint_hash
 
     with tempfile.TemporaryDirectory(prefix="clickloop-champion-") as scratch:
         folder = Path(scratch) / champion["model"]

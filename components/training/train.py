@@ -24,8 +24,9 @@ from components.training.loop import SCRATCH, DivergenceError, Loop, TrainingErr
 from components.training.parallel import local_rank, ranks
 from components.training.state import State
 from components.training.warm_start import Start, take_weights
+from models.checkpoint import Checkpoint, save
+from models.families import build
 from models.layers import Ranker
-from models.registry import Checkpoint, build, save
 
 
 def run(

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from components.common.artifacts import folder_hash, read_json
 from components.common.dataset import Dataset
+from models.checkpoint import Checkpoint, load
+from models.families import network_config
 from models.layers import Ranker
-from models.registry import Checkpoint, load, network_config
 from models.schema import SPECIAL, UNKNOWN, Encoder, Feature, Schema, lookup
 
 ITEMS_A_COLUMN = 4  # items of both catalogs, a column of the vector, from which a projection can be told

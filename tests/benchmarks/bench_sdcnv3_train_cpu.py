@@ -16,8 +16,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from worlds import Training, ml_1m, native_bf16  # noqa: E402
 
+from models.families import TRAINING  # noqa: E402
 from models.losses import tri_bce  # noqa: E402
-from models.registry import TRAINING  # noqa: E402
 from models.schema import Batch, Catalog, Logits  # noqa: E402
 from models.sdcnv3 import SDCNv3, SDCNv3Config  # noqa: E402
 from tests.models.published import sdcnv3 as published_sdcnv3  # noqa: E402

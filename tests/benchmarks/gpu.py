@@ -12,7 +12,7 @@ from torch import Tensor
 from worlds import Published, Training, criteo, microlens
 
 from components.common.dataset import Dataset
-from models.registry import TRAINING
+from models.families import TRAINING
 
 WORLDS: dict[str, Callable[[int], Dataset]] = {"qin/microlens": microlens, "sdcnv3/criteo": criteo}
 

@@ -37,7 +37,7 @@ from components.data.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, Si
 from components.features.dataset import DatasetConfig
 from components.features.views import FeaturesConfig
 from components.training.train import PRECISIONS, TrainConfig
-from models import registry
+from models import families
 
 A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items
 DAYS = 10
@@ -83,14 +83,14 @@ def main() -> None:
             config = settings(f"train.{name}", TrainConfig, **SHARED, **OWN[name])
             network = config.network | NETWORK[name]
             if asked.published:
-                network, trained = registry.PRESETS[PUBLISHED[name]], registry.TRAINING[PUBLISHED[name]]
+                network, trained = families.PRESETS[PUBLISHED[name]], families.TRAINING[PUBLISHED[name]]
                 config = replace(config, batch_size=trained["batch_size"], lr=trained["lr"], embedding_l2=1e-5)
             compiled = asked.device != "cpu"
             config = replace(
                 config, network=network, seed=seed, device=asked.device, precision=precision, compile=compiled
             )
             own = with_history(data, HISTORY[name])
-            make = partial(registry.build, name, network)
+            make = partial(families.build, name, network)
             _, chosen = run(name, make, config, own)
             _, found = run(name, make, replace(config, max_epochs=chosen["best_epoch"]), with_valid_day(own))
             for days, figures in ((DAYS - 2, chosen), (DAYS - 1, without_valid(found))):

@@ -18,7 +18,7 @@ from components.common.config import load
 from components.common.dataset import Dataset
 from components.training.config import TrainConfig
 from components.training.loop import Loop
-from models.registry import build
+from models.families import build
 
 
 def main() -> None:

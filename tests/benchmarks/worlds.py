@@ -19,8 +19,8 @@ from components.common.config import load
 from components.common.dataset import Dataset
 from components.training.config import TrainConfig
 from components.training.loop import Loop
+from models.families import PRESETS, TRAINING, build, network_config
 from models.losses import tri_bce
-from models.registry import PRESETS, TRAINING, build, network_config
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Logits, Schema, history_rows
 from tests.models import published
 

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from components.common.artifacts import file_hash
-from models.registry import Checkpoint, build, checkpoint_hash, save, save_encoder
+from models.checkpoint import Checkpoint, checkpoint_hash, save
+from models.encoder import save_encoder
+from models.families import build
 from models.schema import PADDING, SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from components.common.artifacts import file_hash
 from components.common.dataset import UNSEEN, encode_column
 from components.features.dataset import unseen
-from models.registry import save_encoder
+from models.encoder import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
 
 TASTES = ("jazz", "folk", "rock", "pop")

@@ -29,8 +29,8 @@ from components.data.validate import ValidateConfig
 from components.features import embed
 from components.features.embed import EmbedConfig
 from components.features.views import FeaturesConfig
+from models.families import build
 from models.metrics import auc
-from models.registry import build
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.families import build
 from models.layers import distinct_rows, keep_mask
-from models.registry import build
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.families import build
 from models.layers import distinct_rows, dropout
 from models.qin import QIN, PointerPool, QINConfig, SparseTargetAttention, gathered_pool
-from models.registry import build
 from models.schema import PADDING
 from tests.models.published import histories
 from tests.models.published import qin as published_qin

@@ -21,8 +21,9 @@ from components.common.config import load
 from components.common.dataset import UNSEEN, Dataset
 from components.release import evaluate
 from components.release.evaluate import EvaluateConfig
-from models.registry import Checkpoint, build, checkpoint_hash, save
-from models.registry import load as load_checkpoint
+from models.checkpoint import Checkpoint, checkpoint_hash, save
+from models.checkpoint import load as load_checkpoint
+from models.families import build
 from models.schema import PADDING, UNKNOWN, Batch, schema_hash
 
 CONFIG = EvaluateConfig(seed=1, bootstrap=40, calibration_bins=7, min_slice_rows=60)

@@ -12,7 +12,7 @@ import pytest
 from components.common.config import load
 from components.release import gate
 from components.release.gate import GateConfig
-from models.registry import checkpoint_hash
+from models.checkpoint import checkpoint_hash
 
 CONFIG = GateConfig(
     min_auc=0.6, min_group_auc=0.55, max_calibration_error=0.05, max_logloss_ratio=1.0, max_auc_loss=0.002,

@@ -18,7 +18,9 @@ from bento.scorer import Scorer
 from components.common.config import load
 from components.release import package
 from components.release.package import PackageConfig
-from models.registry import CHECKPOINT_FILES, build, checkpoint_hash, save, save_encoder
+from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash, save
+from models.encoder import save_encoder
+from models.families import build
 from models.schema import Encoder, schema_hash
 from tests.bento.world import ITEM_IDS, USER_IDS, World, make_world
 
@@ -73,7 +75,7 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
     assert (bento["name"], bento["version"]) == ("ctr-ranker", built["version"])
     assert bento["services"][0]["models"][0]["tag"] == f"ranker:{built['version']}"
     code = {str(file.relative_to(folder / "bento" / "src")) for file in (folder / "bento" / "src").rglob("*.py")}
-    assert {"bento/service.py", "models/registry.py"} <= code
+    assert {"bento/service.py", "models/families.py"} <= code
     assert {path.split("/")[0] for path in code} == {"bento", "models"}
     model = folder / "bento" / "models" / "ranker" / built["version"]
     assert {file.name for file in model.iterdir()} == {*CHECKPOINT_FILES, ITEM_STATE, SERVING, "model.yaml"}
@@ -212,7 +214,7 @@ def test_refuses_another_schema(world: World, tmp_path: Path) -> None:
     catalog["integers.hour"] = catalog["integers.hour"] + 1
     from safetensors.torch import save_file
 
-    from models.registry import load_encoder
+    from models.encoder import load_encoder
 
     save_file(catalog, world.dataset / "encoder" / "catalog.safetensors")
     facts["schema_hash"] = load_encoder(world.dataset / "encoder")[2]

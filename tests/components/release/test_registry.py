@@ -13,7 +13,7 @@ from gto.api import deregister
 
 from components.common.artifacts import write_json
 from components.release import registry as champion
-from models.registry import CHECKPOINT_FILES, checkpoint_hash
+from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash
 
 POINTER, PACKAGE, SMOKE = Path("champion.json"), Path("package"), Path("smoke.json")
 

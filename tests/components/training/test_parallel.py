@@ -22,7 +22,7 @@ from components.common.dataset import Dataset
 from components.common.scoring import score
 from components.training.config import TrainConfig
 from components.training.parallel import Ranks
-from models.registry import CHECKPOINT_FILES, load
+from models.checkpoint import CHECKPOINT_FILES, load
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -39,10 +39,11 @@ from components.training.config import TrainConfig
 from components.training.loop import DivergenceError, Loop, OutOfMemoryError
 from components.training.state import Progress, State
 from components.training.step import Step, adam
+from models.checkpoint import CHECKPOINT_FILES
+from models.checkpoint import load as load_checkpoint
+from models.families import FAMILIES, PRESETS, TRAINING
 from models.kernels import cross_step
 from models.losses import bce, tri_bce
-from models.registry import CHECKPOINT_FILES, FAMILIES, PRESETS, TRAINING
-from models.registry import load as load_checkpoint
 from models.schema import Batch, Logits
 from tests.models import published
 
@@ -189,7 +190,7 @@ def plain_training(
     family: str, config: TrainConfig, data: Dataset, model: nn.Module, rates: list[float]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[bool]]:
     """An epoch at each of the rates, in torch's own words: the weights, their running mean, and what was clipped."""
-    network = models.registry.network_config(family, config.network)
+    network = models.families.network_config(family, config.network)
     weights, (_, end) = dict(model.named_parameters()), data.splits["train"]
     tables = {name for name in weights if name.startswith(("fields", "items"))}
     mean = {name: tensor.detach().clone() for name, tensor in weights.items()}
@@ -227,7 +228,7 @@ def test_trains_by_the_published_recipe(config, dropless, dataset, tmp_path, mon
     )  # fmt: skip
     data, aucs = Dataset.open(dataset), [0.7, 0.6, 0.8]
     torch.manual_seed(asked.seed)
-    model = models.registry.build(family, asked.network, data.schema).double()
+    model = models.families.build(family, asked.network, data.schema).double()
     wanted, wanted_mean, clipped = plain_training(family, asked, data, deepcopy(model), [0.01, 0.01, 0.005])
     assert 0 < sum(clipped) < len(clipped) == 3 * 7
     monkeypatch.chdir(tmp_path)
@@ -266,7 +267,7 @@ def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, confi
 
 def test_the_running_mean_of_the_weights_is_what_is_judged_and_kept(config, dataset, tmp_path) -> None:
     asked = config("sdcnv3", ema=0.6)
-    model = models.registry.build("sdcnv3", asked.network, Dataset.open(dataset).schema)
+    model = models.families.build("sdcnv3", asked.network, Dataset.open(dataset).schema)
     state = State(tmp_path, "", model, adam(asked, model), asked)
     wanted = model.deep.out.weight.detach().clone()
     for step in range(1, 20):
@@ -872,7 +873,7 @@ def test_a_bad_value_is_named(config, bad) -> None:
 def test_the_projects_params_fit(model, dataset) -> None:
     config = load(ROOT / "params.yaml", f"train.{model}", TrainConfig)
     network = {**config.network, "exclude": []}  # the project's data have other features
-    models.registry.build(model, network, Dataset.open(dataset).schema)
+    models.families.build(model, network, Dataset.open(dataset).schema)
 
 
 @pytest.mark.parametrize("preset", sorted(TRAINING))

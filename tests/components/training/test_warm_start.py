@@ -20,8 +20,9 @@ from components.release.evaluate import predict_translated
 from components.training import train
 from components.training.config import TrainConfig
 from components.training.warm_start import Start, tables, take_weights
+from models.checkpoint import Checkpoint, checkpoint_hash, load
+from models.families import FAMILIES, build
 from models.metrics import auc
-from models.registry import FAMILIES, Checkpoint, build, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature
 
 pytestmark = pytest.mark.usefixtures("one_thread")

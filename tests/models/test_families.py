@@ -1,0 +1,88 @@
+"""Families are built by name, and the published runs have the published numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.families import PRESETS, TRAINING, build
+from models.schema import Feature, Schema
+
+
+def test_build_refuses_unknown_keys_and_families(make_world):
+    schema = make_world().schema
+    with pytest.raises(ValueError, match=r"SDCNv3Config: unknown key \['rows'\]"):
+        build("sdcnv3", {"rows": 4}, schema)
+    with pytest.raises(ValueError, match="family = 'QIN'"):
+        build("QIN", {}, schema)
+
+
+def impressions(**sizes: int) -> list[Feature]:
+    return [Feature(name=name, owner="impression", kind="categorical", size=size) for name, size in sizes.items()]
+
+
+# Vocabularies as the authors' logs give them, padding and the unknown value among them
+CRITEO = impressions(
+    I1=44, I2=99, I3=122, I4=41, I5=220, I6=112, I7=80, I8=69, I9=92, I10=6, I11=27, I12=37, I13=72,
+    C1=1_446, C2=554, C3=157_339, C4=117_822, C5=306, C6=18, C7=11_882, C8=630, C9=5, C10=39_530, C11=5_131,
+    C12=156_656, C13=3_176, C14=28, C15=11_043, C16=148_913, C17=12, C18=4_560, C19=2_003, C20=5, C21=154_564,
+    C22=18, C23=17, C24=53_031, C25=82, C26=40_955,
+)  # fmt: skip
+PUBLISHED = {
+    "qin/microlens": Schema(
+        features=(
+            *impressions(likes_level=11, views_level=11),
+            Feature(name="item_id", owner="item", kind="categorical", size=91_718),
+            Feature(name="item_tags", owner="item", kind="multi", size=11_740, length=5),
+            Feature(name="item_emb_d128", owner="item", kind="vector", size=128),
+        ),
+        history_length=64,
+    ),
+    "sdcnv3/ml-1m": Schema(
+        features=(
+            *impressions(UserID=6_042, Gender=4, Age=9, Occupation=23),
+            Feature(name="MovieID", owner="item", kind="categorical", size=3_643),
+            Feature(name="Release", owner="item", kind="categorical", size=10),
+            Feature(name="Genres", owner="item", kind="multi", size=20, length=5),
+        ),
+        history_length=0,
+    ),
+    "sdcnv3/criteo": Schema(features=tuple(CRITEO), history_length=0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "count"),
+    [
+        ("qin/microlens", {}, 31_244_293),
+        ("qin/microlens", {"rows": 3}, 27_045_893),
+        ("sdcnv3/ml-1m", {}, 201_728),
+        ("sdcnv3/criteo", {}, 15_944_754),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, changes, count):
+    with torch.device("meta"):
+        model = build(name.split("/")[0], PRESETS[name] | changes, PUBLISHED[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_presets_have_the_published_rates_of_dropout():
+    rates = {name: {k: v for k, v in network.items() if "dropout" in k} for name, network in PRESETS.items()}
+    assert rates == {
+        "qin/microlens": {"dropout": 0.1},
+        "sdcnv3/ml-1m": {"deep_dropout": 0.2, "shallow_dropout": 0.1},
+        "sdcnv3/criteo": {"deep_dropout": 0.1, "shallow_dropout": 0.2},
+    }
+
+
+def test_presets_are_trained_as_published():
+    """Batch, epochs without a better AUC before the end, rate and its cut, L2 of embeddings; the rest is the same."""
+    keys = ("batch_size", "patience", "lr", "lr_factor", "embedding_l2")
+    assert {name: tuple(settings[key] for key in keys) for name, settings in TRAINING.items()} == {
+        "qin/microlens": (8192, 8, 2e-3, 0.5, 2e-4),
+        "sdcnv3/ml-1m": (4096, 2, 1e-3, 0.1, 0.01),
+        "sdcnv3/criteo": (4096, 2, 1e-3, 0.1, 1e-5),
+    }
+    rest = {"max_epochs": 100, "lr_patience": 0, "min_lr": 1e-6, "network_l2": 0.0, "ema": 0.0, "clip_norm": 10.0}
+    for settings in TRAINING.values():
+        assert {key: value for key, value in settings.items() if key not in keys} == rest
