@@ -1,7 +1,7 @@
-"""python -m components STAGE: every step of the pipeline as a program.
+"""python -m components COMMAND: each stage of the pipeline as a program, and what is done with its results.
 
-Each command reads its own section of params.yaml and takes its files as options. dvc.yaml binds the two; run
-`dvc repro` for the whole pipeline, and a command here to see one step. A command imports its own step and no other.
+A stage reads its own section of params.yaml and takes its files as options. dvc.yaml binds the two: run `dvc repro`
+for the whole pipeline, and a command here for one stage. A command imports its own stage and no other.
 """
 
 from __future__ import annotations
@@ -16,226 +16,164 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from components.common import pipeline
+
+console = Console(stderr=True, highlight=False)
+PARAMS = Path("params.yaml")
+SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one
+DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
+STAGES = pipeline.read().commands()
+
+# What a stage's `run` takes beside its configs. The parameter's name is the option's.
+FILES = {
+    "canonical": "The canonical data, as `ingest` writes it.",
+    "validation": "report.json, as `validate` writes it; the data must have passed.",
+    "docs": "Where Great Expectations' Data Docs go.",
+    "embedding": "The item vectors, as `embed` writes them.",
+    "features": "Feast's sources and stores, as `features` writes them.",
+    "repo": "The Feast repo's folder.",
+    "dataset": "The training set, as `dataset` writes it.",
+    "pointer": "champion.json, which names the version that serves now.",
+    "champion": "That version's checkpoint, as `champion` writes it.",
+    "weights": "What training begins from, as `start` writes it for the model.",
+    "checkpoint": "The checkpoint that `train` wrote.",
+    "checkpoints": "The folder that holds a checkpoint folder for each model.",
+    "evaluations": "The folder that holds an evaluation folder for each model.",
+    "decision": "decision.json, as `gate` writes it.",
+    "package": "The folder that `package` wrote.",
+    "metrics": "A JSON of the run's figures.",
+    "history": "A CSV with one line for each epoch.",
+    "output": "What this stage writes, whole or not at all.",
+}
+MODEL = "Its section under `train` in params.yaml: qin or sdcnv3."
+
+
+class Program(TyperGroup):
+    """The stages of dvc.yaml, in their order, then the other commands. A stage's module is imported when it runs."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*STAGES, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in STAGES:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=STAGES[cmd_name], rich_help_panel=f"Stages: {storey(cmd_name)}")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, stage_command(name) if name in STAGES else command, rest
+
+
+class Stage(TyperCommand):
+    """A stage's command: its --help also explains the keys of its sections of params.yaml, from their configs."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        configs = list(configs_of(module_of(str(self.name))).values())
+        if configs:
+            print(" Keys in params.yaml:\n")
+        for config in configs:
+            print(textwrap.indent(f"{config.__name__}\n{inspect.getdoc(config)}\n", "   "))
+
+
+def storey(stage: str) -> str:
+    """A stage lives in the file of its name: components/STOREY/STAGE.py."""
+    here = Path(__file__).parent
+    return next(name for name in pipeline.STOREYS if (here / name / f"{stage}.py").is_file())
+
+
+def module_of(stage: str) -> ModuleType:
+    return import_module(f"components.{storey(stage)}.{stage}")
+
+
+def configs_of(step: ModuleType) -> dict[str, type[Any]]:
+    """Parameter of the stage's `run` -> its config dataclass."""
+    return {name: kind for name, kind in get_type_hints(step.run).items() if is_dataclass(kind)}  # type: ignore[misc]
+
+
+def stage_command(stage: str) -> Any:
+    """The command that follows from the signature of the stage's `run`.
+
+    Configs come from params.yaml: `config` is the stage's own section (of its model, where it has one), another
+    config the section of its parameter's name. `model` is an argument, and each path an option.
+    """
+    step = module_of(stage)
+    configs = configs_of(step)
+    wanted = inspect.signature(step.run).parameters
+
+    def command(**given: Any) -> None:
+        params = given.pop("params")
+        if configs:
+            from components.common.config import load
+
+            own = ".".join([stage, *([given["model"]] if stage == "train" else [])])
+            sections = {name: own if name == "config" else name for name in configs}
+            given |= {name: load(params, sections[name], config) for name, config in configs.items()}
+        show(stage, step.summary(step.run(**given)))
+
+    options: dict[str, Any] = {
+        name: Annotated[str, typer.Argument(help=MODEL)] if name == "model"
+        else Annotated[Path, typer.Option(help=FILES[name])]
+        for name in wanted if name not in configs
+    }  # fmt: skip
+    options["params"] = Annotated[Path, typer.Option(help="The file with every number, a section for each stage.")]
+    command.__annotations__ = options
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=kind,
+                default=PARAMS if name == "params" else inspect.Parameter.empty,
+            )
+            for name, kind in options.items()
+        ]
+    )  # fmt: skip
+    alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    alone.command(stage, cls=Stage, help=STAGES[stage])(command)
+    return typer.main.get_command(alone)
+
+
+def show(stage: str, lines: dict[str, str]) -> None:
+    """What a stage found, for a person: aligned, in colour on a terminal alone."""
+    if not SPEAKS:
+        return
+    table = Table.grid(padding=(0, 2))
+    for label, text in lines.items():
+        table.add_row(f"[dim]{label}[/]", text)
+    console.print(table)
+
 
 app = typer.Typer(
     name="python -m components",
+    cls=Program,
     help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console(stderr=True, highlight=False)
+LIVE, REPORTS, RELEASES, SETUP = "Live clicks", "Reports and checks", "Releases", "Data and set-up"
+
+Params = Annotated[Path, typer.Option(help="The file with every number, a section for each stage.")]
+Canonical = Annotated[Path, typer.Option(help=FILES["canonical"])]
+Features = Annotated[Path, typer.Option(help=FILES["features"])]
+Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
+Pointer = Annotated[Path, typer.Option(help=FILES["pointer"])]
 
 
-class Stage(TyperCommand):
-    """A stage's command: its --help also tells the keys of its sections of params.yaml, from their configs."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, formatter)
-        configs = [
-            v
-            for k, v in vars(import_module(f"components.{ROOM[str(self.name)]}.{self.name}")).items()
-            if k.endswith("Config")
-        ]
-        print(" Keys in params.yaml:\n")
-        for config in configs:
-            print(textwrap.indent(f"{config.__name__}\n{inspect.getdoc(config)}\n", "   "))
-
-
-Params = Annotated[Path, typer.Option(help="The file with every number, a section a stage.")]
-Canonical = Annotated[Path, typer.Option(help="The canonical data, as `ingest` writes it.")]
-Validation = Annotated[Path, typer.Option(help="report.json, as `validate` writes it; the data must have passed.")]
-Features = Annotated[Path, typer.Option(help="Feast's sources and stores, as `features` writes them.")]
-Repo = Annotated[Path, typer.Option(help="The Feast repo's folder.")]
-Data = Annotated[Path, typer.Option(help="The training arrays, as `dataset` writes them.")]
-Checkpoints = Annotated[Path, typer.Option(help="The folder that holds a checkpoint folder a model.")]
-Champion = Annotated[Path, typer.Option(help="champion.json: which version serves now.")]
-Weights = Annotated[Path, typer.Option(help="What training begins from, as `start` writes it for the model.")]
-Output = Annotated[Path, typer.Option(help="What this step writes, whole or not at all.")]
-Model = Annotated[str, typer.Argument(help="Its section under `train` in params.yaml: qin or sdcnv3.")]
-PARAMS = Path("params.yaml")
-SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one
-DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
-
-
-@app.command(cls=Stage)
-def ingest(output: Output, params: Params = PARAMS) -> None:
-    """The configured source's raw files -> canonical events by day, users, items, modalities."""
-    from components.common.config import load
-    from components.data import ingest as step
-
-    facts = step.run(load(params, "ingest", step.IngestConfig), output)
-    _say(facts, "impressions", "label_rate", "days", "first_day", "last_day", "users", "items", "oracle_auc")
-
-
-@app.command(cls=Stage)
-def validate(
-    canonical: Canonical,
-    output: Output,
-    docs: Annotated[Path, typer.Option(help="Where Great Expectations' Data Docs go.")],
-    params: Params = PARAMS,
-) -> None:
-    """Great Expectations judges the canonical data; a broken contract ends the run with the rows that broke it."""
-    from components.common.config import load
-    from components.data import validate as step
-
-    report = step.run(load(params, "validate", step.ValidateConfig), canonical, output, docs)
-    kept = sum(rule["passed"] for rule in report["rules"])
-    console.print(f"{kept} of {len(report['rules'])} rules hold; Data Docs: {docs}/index.html")
-
-
-@app.command(cls=Stage)
-def embed(canonical: Canonical, validation: Validation, output: Output, params: Params = PARAMS) -> None:
-    """Text and image -> one fused vector an item, with the fit that made it."""
-    from components.common.config import load
-    from components.common.splits import SplitConfig
-    from components.features import embed as step
-
-    config, split = load(params, "embed", step.EmbedConfig), load(params, "split", SplitConfig)
-    _say(step.run(config, split, canonical, validation, output), "items", "dim", "explained_variance", "missing")
-
-
-@app.command(cls=Stage)
-def features(
-    canonical: Canonical,
-    validation: Validation,
-    embedding: Annotated[Path, typer.Option(help="The item vectors, as `embed` writes them.")],
-    repo: Repo,
-    output: Output,
-    params: Params = PARAMS,
-) -> None:
-    """Feast's sources, `feast apply`, materialization into the online store, read back and compared."""
-    from components.common.config import load
-    from components.features import features as step
-
-    config = load(params, "features", step.FeaturesConfig)
-    receipt = step.run(config, canonical, validation, embedding, repo, output)
-    _say(receipt, "rows", "clicks", "online_values_compared")
-
-
-@app.command(cls=Stage)
-def dataset(
-    canonical: Canonical, features: Features, repo: Repo, output: Output, params: Params = PARAMS
-) -> None:  # fmt: skip
-    """Feast's point-in-time join -> training arrays, schema, vocabularies, item catalog."""
-    from components.common.config import load
-    from components.common.splits import SplitConfig
-    from components.features import dataset as step
-
-    config, split = load(params, "dataset", step.DatasetConfig), load(params, "split", SplitConfig)
-    _say(step.run(config, split, canonical, features, repo, output), "splits", "label_rate", "bytes_per_row")
-
-
-@app.command(cls=Stage)
-def start(champion: Champion, output: Output, params: Params = PARAMS) -> None:
-    """What training begins from: nothing, or the champion's weights for models with a warm start."""
-    from components.common.config import load
-    from components.training import start as step
-
-    for model, version in step.run(load(params, "start", step.StartConfig), champion, output).items():
-        console.print(f"{model}: {f'a warm start from {version}' if version else 'a cold start'}")
-
-
-@app.command(cls=Stage)
-def train(
-    model: Model,
-    dataset: Data,
-    weights: Weights,
-    output: Output,
-    metrics: Annotated[Path, typer.Option(help="A JSON of the run's figures.")],
-    history: Annotated[Path, typer.Option(help="A CSV with one line an epoch.")],
-    params: Params = PARAMS,
-) -> None:
-    """One ranker: early stopping on the valid days, resumed where it was stopped. Also under torchrun."""
-    from components.common.config import load
-    from components.training import train as step
-
-    config = load(params, f"train.{model}", step.TrainConfig)
-    found = step.run(config, model, dataset, weights, output, metrics, history)
-    _say(found, "epochs", "best_epoch", "valid_auc", "rows_per_second")
-
-
-@app.command(cls=Stage)
-def evaluate(
-    model: Model,
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint that `train` wrote.")],
-    dataset: Data,
-    champion: Champion,
-    output: Output,
-    params: Params = PARAMS,
-) -> None:
-    """The ranker on the test days, whole and by slice, beside the oracle and the champion."""
-    from components.common.config import load
-    from components.release import evaluate as step
-
-    found = step.run(load(params, "evaluate", step.EvaluateConfig), model, checkpoint, dataset, champion, output)
-    _say(found["test"], "auc", "group_auc", "logloss", "calibration_error", "oracle_auc")
-
-
-@app.command(cls=Stage)
-def gate(
-    evaluations: Annotated[Path, typer.Option(help="The folder that holds an evaluation folder a model.")],
-    checkpoints: Checkpoints,
-    dataset: Data,
-    champion: Champion,
-    output: Output,
-    params: Params = PARAMS,
-) -> None:
-    """Rules and champion -> decision.json, which names the bytes that were judged. A rejection is no failure."""
-    from components.common.config import load
-    from components.release import gate as step
-
-    config = load(params, "gate", step.GateConfig)
-    decision = step.run(config, evaluations, checkpoints, dataset, champion, output)
-    console.print(f"{decision['verdict']}: {decision['model'] or 'nothing ships'}", style="bold")
-    for reason in decision["reasons"]:
-        console.print(f"  {reason}")
-
-
-@app.command(cls=Stage)
-def package(
-    decision: Annotated[Path, typer.Option(help="decision.json, as `gate` writes it.")],
-    checkpoints: Checkpoints,
-    dataset: Data,
-    features: Features,
-    output: Output,
-    params: Params = PARAMS,
-) -> None:
-    """The approved checkpoint -> a Bento with golden requests; nothing where the gate said no."""
-    from components.common.config import load
-    from components.release import package as step
-
-    config = load(params, "package", step.PackageConfig)
-    built = step.run(config, decision, checkpoints, dataset, features, output)
-    console.print(f"built {built['tag']}" if built["built"] else "nothing built: the gate rejected")
-
-
-@app.command(cls=Stage)
-def smoke(
-    package: Annotated[Path, typer.Option(help="The folder that `package` wrote.")],
-    repo: Repo,
-    output: Output,
-    params: Params = PARAMS,
-) -> None:
-    """The Bento, served on loopback: readiness, golden scores, refusals, latency."""
-    from components.common.config import load
-    from components.release import smoke as step
-
-    found = step.run(load(params, "smoke", step.SmokeConfig), package, repo, output)
-    _say(found, "served", "golden", "refused", "latency_ms", "memory_mib")
-
-
-@app.command()
+@app.command(rich_help_panel=LIVE)
 def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
     """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive.
 
@@ -248,7 +186,7 @@ def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
     console.print(f"pushed {step.run(load(params, 'features', FeaturesConfig), repo):,} clicks")
 
 
-@app.command()
+@app.command(rich_help_panel=REPORTS)
 def replay(
     canonical: Canonical = Path("data/canonical"),
     features: Features = Path("data/features"),
@@ -270,7 +208,7 @@ def replay(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=REPORTS)
 def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("artifacts/report.html")) -> None:
     """What the last run found, as a table here and as a page with plots."""
     from components.operations import report as step
@@ -278,7 +216,7 @@ def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("
     step.run(Path(), output)
 
 
-@app.command()
+@app.command(rich_help_panel=SETUP)
 def use(
     source: Annotated[str, typer.Argument(help="simulator, movielens, microlens or files.")],
     raw: Annotated[str | None, typer.Option(help="The path that the source reads, or for files a URL.")] = None,
@@ -290,44 +228,33 @@ def use(
     sources.use(source, raw, params)
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def promote(
     package: Annotated[Path, typer.Option(help="The folder that `package` wrote.")] = Path("artifacts/package"),
     smoke: Annotated[Path, typer.Option(help="smoke.json; it must have passed.")] = Path("artifacts/smoke/smoke.json"),
-    champion: Champion = Path("champion.json"),
+    pointer: Pointer = Path("champion.json"),
 ) -> None:
     """Make the packaged model the champion: a version and a stage as git tags (GTO), and champion.json."""
     from components.release import registry as step
 
-    console.print(step.promote(package, smoke, champion))
+    console.print(step.promote(package, smoke, pointer))
 
 
-@app.command()
+@app.command(rich_help_panel=RELEASES)
 def rollback(
     version: Annotated[str, typer.Argument(help="An earlier version, such as v1.0.0; `gto show` lists them.")],
-    champion: Champion = Path("champion.json"),
+    pointer: Pointer = Path("champion.json"),
 ) -> None:
     """Make an earlier version the champion again."""
     from components.release import registry as step
 
-    console.print(step.rollback(version, champion))
-
-
-def _say(facts: dict[str, Any], *names: str) -> None:
-    """The named facts in one line on the terminal."""
-    if not SPEAKS:
-        return
-    shown = (
-        f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}" if type(value) is int else
-        f"{name} {value}" for name in names if (value := facts.get(name)) is not None
-    )  # fmt: skip
-    console.print("  ".join(shown))
+    console.print(step.rollback(version, pointer))
 
 
 @contextmanager
 def _measured(name: str) -> Iterator[None]:
-    """Seconds and peak memory of the step, said and noted under .scratch for the report."""
-    start = time.perf_counter()
+    """Prints the stage's seconds and peak memory, and notes them under .scratch for the report."""
+    begun = time.perf_counter()
     try:
         yield
     except SystemExit as done:  # how Typer ends, well or not
@@ -335,7 +262,7 @@ def _measured(name: str) -> Iterator[None]:
             raise
     if not SPEAKS:
         return
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     peak = max(own, children) / 1024
     console.print(f"{name}: {seconds:.1f} s, {peak:,.0f} MiB at most", style="green")
@@ -375,7 +302,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether it, or what led to it, says so: the engines have kinds of their own, and most carry no errno."""
+    """Whether the error, or one that led to it, says so. Engines have errors of their own, and most carry no errno."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -384,12 +311,6 @@ def _disk_full(error: BaseException | None) -> bool:
         error = error.__cause__ or error.__context__
     return False
 
-
-STAGES: dict[str, Callable[..., None]] = {
-    command.callback.__name__: command.callback
-    for command in app.registered_commands
-    if command.callback is not None and command.callback not in (push, replay, report, use, promote, rollback)
-}
 
 if __name__ == "__main__":
     # Telemetry off, in this process and in those it starts.

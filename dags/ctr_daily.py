@@ -1,8 +1,8 @@
 """ctr_daily: the stages of dvc.yaml, once a day, one task each. `make airflow` starts Airflow with it.
 
-dvc.yaml says what a stage runs and reads; this file says when, after what, how often again and where. A test holds
-the two graphs together. The train tasks wait for slots of the pool `gpu`, which must exist (`make airflow` makes it;
-elsewhere: `airflow pools set gpu 2 "training"`): its slots are the number of models that train at the same time.
+dvc.yaml says what a stage runs, and after which stages. This file says when, where, and how often it is tried again.
+The train tasks wait for slots of the pool `gpu`: its slots are the number of models that train at the same time. The
+pool must exist. `make airflow` makes it; elsewhere run `airflow pools set gpu 2 "training"`.
 
 The project's folder is CLICKLOOP_PROJECT, or the one above this file's. Its Python is the one that runs Airflow.
 """
@@ -21,7 +21,12 @@ from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import Asset, chain, dag, task
 
 PROJECT = Path(os.environ.get("CLICKLOOP_PROJECT") or Path(__file__).resolve().parents[1])
-DECISION = PROJECT / "artifacts/gate/decision.json"
+sys.path.append(str(PROJECT))  # Airflow adds the DAG's folder alone
+
+from components.common import pipeline  # noqa: E402 - it needs PyYAML alone, as Airflow does
+
+PIPELINE = pipeline.read(PROJECT)
+DECISION = PROJECT / PIPELINE.stages["gate"].output("decision.json")
 
 TELEMETRY_OFF = {
     "DVC_NO_ANALYTICS": "1",
@@ -30,24 +35,20 @@ TELEMETRY_OFF = {
 }
 
 DOC = """
-Yesterday's clicks in, a served model out, with proof at every step.
+Yesterday's clicks go in, and a served model comes out, with proof at every step.
 
-| task | what it does | if it goes wrong |
-| --- | --- | --- |
-| `ingest` | raw files of the source to canonical events | red |
-| `validate` | judges the data's contract | red, no retry: broken data stay broken |
-| `embed`, `features`, `dataset` | item vectors, feature store, training arrays | red |
-| `start` | the champion's weights, for the models with a warm start | red |
-| `train_…` | one task a model, in the pool `gpu`; a retry resumes where it was killed | red |
-| `evaluate_…` | test days, whole and by slice, beside the champion | red |
-| `gate` | rules and champion: may a model ship? | a rejection is a verdict, not a failure |
-| `approved` | reads the verdict | rejected: `package` and `smoke` are skipped, the run ends green |
-| `package`, `smoke` | the approved model as a Bento, served and compared with its offline scores | red |
-| `report` | the run's figures and plots: `artifacts/report.html` | |
+| task | what it does |
+| --- | --- |
+{stages}
+| `approved` | reads the gate's decision |
+| `report` | writes the run's figures and plots to `artifacts/report.html`, also after a rejection |
 
-Each task runs one stage of `dvc.yaml` with `dvc repro --single-item`: a stage whose inputs did not change ends in a
-second, so clearing a task, or the whole run, is safe. Why the gate decided as it did stands in the log of `gate` and
-in `artifacts/gate/decision.json`. Nothing here moves the champion: `make promote` does, by hand.
+If the gate rejects every model, the run succeeds and ships nothing: `package` and `smoke` are skipped. Every other
+problem makes its task and the run fail. Broken data are not tried again, because they stay broken.
+
+Each task runs one stage of `dvc.yaml` with `dvc repro --single-item`. A stage whose inputs did not change ends in a
+second, so you can safely clear a task or the whole run. The log of `gate` and `artifacts/gate/decision.json` say why
+the gate decided as it did. Nothing here changes the champion: `make promote` does, by hand.
 """
 
 
@@ -87,6 +88,18 @@ def approved() -> bool:
     return decision["verdict"] == "approve"
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "validate": {"retries": 0},
+    "train": {
+        "pool": "gpu",
+        "retries": 2,
+        "retry_delay": timedelta(minutes=5),  # a device that another process fills may be free by then
+        "execution_timeout": timedelta(hours=12),
+    },
+    "smoke": {"outlets": [Asset("ctr_ranker_bento")]},
+}
+
+
 @dag(
     schedule="@daily",
     start_date=datetime(2026, 1, 1, tzinfo=UTC),
@@ -97,33 +110,17 @@ def approved() -> bool:
         "retry_delay": timedelta(minutes=2),
         "execution_timeout": timedelta(hours=2),
     },
-    doc_md=DOC,
+    doc_md=DOC.format(stages="\n".join(f"| `{name}` | {does} |" for name, does in PIPELINE.commands().items())),
     tags=["clickloop"],
 )
 def ctr_daily() -> None:
-    training = {
-        "pool": "gpu",
-        "retries": 2,
-        "retry_delay": timedelta(minutes=5),  # a device that another process fills may be free by then
-        "execution_timeout": timedelta(hours=12),
-    }
-    trained = [stage("train@qin", **training), stage("train@sdcnv3", **training)]
-    stage("start") >> trained
-    chain(
-        stage("ingest"),
-        stage("validate", retries=0),
-        stage("embed"),
-        stage("features"),
-        stage("dataset"),
-        trained,
-        [stage("evaluate@qin"), stage("evaluate@sdcnv3")],
-        stage("gate"),
-        approved(),
-        stage("package"),
-        stage("smoke", outlets=[Asset("ctr_ranker_bento")]),
-        # None failed: also after a rejection, never after a failure
-        run("report", "-m", "components", "report", trigger_rule="none_failed"),
-    )
+    tasks = {name: stage(name, **OPTIONS.get(one.command, {})) for name, one in PIPELINE.stages.items()}
+    verdict = approved()
+    for name, others in PIPELINE.before().items():
+        for other in others:
+            chain(tasks[other], *([verdict] if other == "gate" else []), tasks[name])
+    # None failed: also after a rejection, never after a failure
+    tasks["smoke"] >> run("report", "-m", "components", "report", trigger_rule="none_failed")
 
 
 ctr_daily()

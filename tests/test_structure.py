@@ -1,66 +1,81 @@
-"""What may import what, and dvc.yaml and params.yaml beside the code they speak of."""
+"""Who may import what, and dvc.yaml and params.yaml beside the code that they name.
+
+Storeys and circles are held by import-linter: see `[tool.importlinter]` in pyproject.toml.
+"""
 
 from __future__ import annotations
 
-import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import grimp
 import pytest
 import yaml
 
+from components.__main__ import configs_of, module_of, storey
+from components.common.config import load
+from components.common.pipeline import read
 from models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("components", "models", "bento", "dags", "feature_repo")
-CODE = sorted(file.relative_to(ROOT) for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+PIPELINE = read()
+COMMANDS = sorted(PIPELINE.commands())
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+PACKAGES = ("components", "models", "bento")
 
+# What each folder may import beside the standard library. `components` may import all but these folders' own users.
 ALLOWED = {
-    "dags": {"airflow"},
+    "dags": {"airflow", "components"},
     "models": {"models", "torch", "triton", "safetensors"},
     "bento": {"bento", "models", "bentoml", "pydantic", "starlette", "torch", "safetensors", "feast", "numpy"},
     "feature_repo": {"feast", "ibis", "pandas", "pyarrow"},
 }
 
 
-def imported(file: Path, *, inside_functions: bool = True) -> Iterator[str]:
-    """The modules that a file imports when it runs, as dotted names; `from a import b` gives a and a.b."""
-    pending: list[ast.AST] = [ast.parse((ROOT / file).read_text())]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, ast.FunctionDef) and not inside_functions:
-            continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        pending.extend(ast.iter_child_nodes(node))
+@cache
+def graph(*packages: str) -> grimp.ImportGraph:
+    return grimp.build_graph(
+        *packages, exclude_type_checking_imports=True, include_external_packages=True, cache_dir=None
+    )
 
 
-def top(names: Iterator[str]) -> set[str]:
+def imported_by(folder: str) -> set[str]:
+    """Top-level packages that a folder's files import. dags and feature_repo are folders of scripts, not packages."""
+    if folder in PACKAGES:
+        found = graph(*PACKAGES)
+        names = {
+            name for module in found.modules if module.partition(".")[0] == folder
+            for name in found.find_modules_directly_imported_by(module)
+        }  # fmt: skip
+    else:
+        code = "\n".join(file.read_text() for file in (ROOT / folder).glob("*.py"))
+        names = set(re.findall(r"^\s*(?:from|import) ([\w.]+)", code, re.MULTILINE))
     return {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("file", CODE, ids=str)
-def test_imports_go_one_way(file) -> None:
-    found = top(imported(file))
-    if (package := file.parts[0]) in ALLOWED:
-        assert found <= ALLOWED[package]
-    else:
-        assert not found & {"dags", "feature_repo", "tests", "airflow"}
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_a_folder_imports_what_it_may(folder) -> None:
+    assert imported_by(folder) <= ALLOWED[folder]
+
+
+def test_the_steps_import_neither_dags_nor_tests_nor_the_feast_repo() -> None:
+    assert not imported_by("components") & {"dags", "feature_repo", "tests", "airflow"}
+
+
+def test_a_dag_reads_the_graph_and_nothing_else_of_the_steps() -> None:
+    code = (ROOT / "dags/ctr_daily.py").read_text()
+    assert re.findall(r"^from (components\S*) import (.*?)(?:  #.*)?$", code, re.MULTILINE) == [
+        ("components.common", "pipeline")
+    ]
+    assert graph(*PACKAGES).find_modules_directly_imported_by("components.common.pipeline") <= {
+        *sys.stdlib_module_names, "yaml"
+    }  # fmt: skip
 
 
 BLOCKED = {
@@ -70,10 +85,15 @@ BLOCKED = {
 
 
 @pytest.mark.parametrize(
-    ("module", "needed"), [("components.training.train", {"components", "pyarrow"}), ("models.checkpoint", set())]
+    ("module", "needed"),
+    [
+        ("components.training.train", {"components", "pyarrow"}),
+        ("models.checkpoint", set()),
+        ("models.families", set()),
+    ],
 )
 def test_training_needs_few_packages(module, needed) -> None:
-    """A GPU machine has torch, numpy, pyarrow, safetensors and tqdm; the rest is refused here as if it were absent."""
+    """A GPU machine has torch, numpy, pyarrow, safetensors and tqdm. The rest is refused here as if it were absent."""
     code = f"""
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):
@@ -89,96 +109,61 @@ import {module}
 
 # ---- dvc.yaml ---------------------------------------------------------------------------------------------------
 
-# What a module takes from another does not reach what these stages write, and its edits should not run them again.
-NOT_REACHED = {
-    ("components/data/validate.py", "components/data/ingest.py"): "parse_time alone, and in validate alone",
-    ("components/data/ingest.py", "components/data/pictures.py"): "the copy of pictures, which validate does not make",
-    ("components/features/features.py", "components/data/validate.py"): "require, which the features stage calls first",
-    (
-        "components/features/dataset.py",
-        "components/common/contracts.py",
-    ): "names, for the join; a dataset is opened without them",
-    ("components/features/dataset.py", "components/common/splits.py"): "for the join; a dataset is opened without them",
-    # the families: encoders and hashes need none; who builds one declares all of models/
-    ("models/families.py", "models/layers.py"): "Ranker",
-    ("models/families.py", "models/qin.py"): "a family",
-    ("models/families.py", "models/sdcnv3.py"): "a family",
-}
-BUILD_MODELS = {"train", "evaluate", "package"}
-
 
 @cache
-def local(file: str, *, inside_functions: bool) -> frozenset[str]:
-    """The project's files behind a file's imports."""
-    found = set()
-    for name in imported(Path(file), inside_functions=inside_functions):
-        path = name.replace(".", "/")
-        found |= {f for f in (f"{path}.py", f"{path}/__init__.py") if Path(f) in CODE}
-    return frozenset(found)
-
-
-def reached(stage: str) -> dict[str, str]:
-    """File -> who imports it, for all that a stage's code is made of: the step's every import, and what those load."""
-    step = f"components/{stage}.py"
-    found, pending = {step: "its own"}, [step]
-    while pending:
-        file = pending.pop()
-        for other in sorted(local(file, inside_functions=file == step)):
-            if other in found or (file != step and (file, other) in NOT_REACHED):
-                continue
-            if len(ast.parse((ROOT / other).read_text()).body) > 1:  # more than a docstring
-                found[other] = file
-                pending.append(other)
-    return found
+def code_of(stage: str) -> frozenset[str]:
+    """The files that a stage's module is made of: its own, and those of all that it imports, however far."""
+    found = graph(*PACKAGES)
+    step = f"components.{storey(stage)}.{stage}"
+    modules = {step, *(m for m in found.find_upstream_modules(step) if m.partition(".")[0] in PACKAGES)}
+    paths = (Path(*module.split(".")) for module in modules)
+    return frozenset(str(path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")) for path in paths)
 
 
 def covers(deps: list[str], file: str) -> bool:
     return any(file == dep or file.startswith(f"{dep}/") for dep in deps)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_a_stage_depends_on_the_code_that_it_runs(stage) -> None:
     deps = STAGES[stage]["deps"]
-    missing = {file: importer for file, importer in reached(stage).items() if not covers(deps, file)}
-    assert not missing, f"dvc.yaml, {stage}: deps lack {missing}"
-    assert covers(deps, "components/common/config.py")  # the command line reads its section with it
+    # A package's own file holds its docstring alone, or is covered with the package
+    missing = {file for file in code_of(stage) if not covers(deps, file)} - {f"{p}/__init__.py" for p in PACKAGES}
+    assert not missing, f"dvc.yaml, {stage}: deps lack {sorted(missing)}"
+    assert covers(deps, "components/common/config.py") == bool(configs_of(module_of(stage)))  # reads its sections
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_a_stage_depends_on_no_code_that_it_does_not_run(stage) -> None:
     """A dep too many runs a stage, and all after it, for nothing."""
-    known = {*reached(stage), "components/common/config.py"}
-    idle = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py") and dep.startswith("components") and
-            dep not in known]  # fmt: skip
-    assert not idle
+    known = {*code_of(stage), "components/common/config.py"}
+    assert not [
+        dep for dep in STAGES[stage]["deps"] if re.match(r"(components|models)/.*\.py$", dep) and dep not in known
+    ]
 
 
-def test_who_builds_models_depends_on_all_of_them() -> None:
-    builders = {stage for stage in STAGES if "components/features/dataset.py" in reached(stage) and stage != "dataset"}
-    assert builders == BUILD_MODELS
-    for stage in BUILD_MODELS:
-        assert "models" in STAGES[stage]["deps"]
-    assert "bento" in STAGES["package"]["deps"]  # copied, not only imported
+def test_an_edit_of_the_join_or_of_the_gate_trains_nothing_again() -> None:
+    for stage in ("train", "champion", "start"):
+        assert not [file for file in code_of(stage) if re.search(r"/(data|features|release|operations)/", file)]
 
 
-def test_the_table_of_what_is_not_reached_has_no_dead_line() -> None:
-    for importer, file in NOT_REACHED:
-        assert file in local(importer, inside_functions=True), f"{importer} imports {file} no longer"
+def test_what_is_copied_into_the_bento_is_declared() -> None:
+    assert {"bento", "models"} <= set(STAGES["package"]["deps"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_every_path_of_a_command_is_declared_and_every_output_named(stage) -> None:
-    """A file that a command reads is a dep; a file that it writes is an output, or inside the folder that it writes."""
-    declared = STAGES[stage]
-    written = [next(iter(out)) if isinstance(out, dict) else out for kind in ("outs", "metrics", "plots")
-               for out in declared.get(kind, ())]  # fmt: skip
-    options = dict(re.findall(r"--(\S+) (\S+)", declared["cmd"]))
-    for option, path in options.items():
-        writes = option in ("output", "docs", "metrics", "history")
-        there = [*written] if writes else declared["deps"]
-        inside = [p for p in there if p == path or p.startswith(f"{path}/") or path.startswith(f"{p}/")]
-        assert inside, f"dvc.yaml, {stage}: --{option} {path} is in none of {there}"
-    assert all(any(p == path or p.startswith(f"{path}/") for path in options.values()) for p in written)
+    """A file that a command reads is a dep. A file that it writes is an output, or lies in its output folder."""
+    for one in PIPELINE.named(stage):
+        command = STAGES[stage]["cmd"]
+        for key, value in one.item.items():
+            command = command.replace(f"${{item.{key}}}", value)
+        options = dict(re.findall(r"--(\S+) (\S+)", command))
+        for option, path in options.items():
+            there = one.outs if option in ("output", "docs", "metrics", "history") else one.deps
+            inside = [p for p in there if p == path or p.startswith(f"{path}/") or path.startswith(f"{p}/")]
+            assert inside, f"dvc.yaml, {stage}: --{option} {path} is in none of {there}"
+        assert all(any(p == path or p.startswith(f"{path}/") for path in options.values()) for p in one.outs)
 
 
 def test_the_families_are_the_matrix() -> None:
@@ -203,9 +188,16 @@ def test_outputs_are_all_in_dvcs_cache() -> None:
 # ---- params.yaml ------------------------------------------------------------------------------------------------
 
 
-def config_of(name: str) -> type[Any]:
-    step = {"split": "splits"}.get(name, name)
-    return getattr(import_module(f"components.{step}"), f"{name.capitalize()}Config")
+def sections() -> dict[str, type[Any]]:
+    """Section of params.yaml -> its config, for all stages."""
+    found: dict[str, type[Any]] = {}
+    for stage in COMMANDS:
+        for name, config in configs_of(module_of(stage)).items():
+            if stage == "train":
+                found |= {f"train.{family}": config for family in FAMILIES}
+            else:
+                found[stage if name == "config" else name] = config
+    return found
 
 
 def require_same_keys(where: str, section: dict[str, Any], config: type[Any]) -> None:
@@ -215,39 +207,23 @@ def require_same_keys(where: str, section: dict[str, Any], config: type[Any]) ->
             require_same_keys(f"{where}.{key}", section[key], kind)
 
 
-@pytest.mark.parametrize("name", [name for name in PARAMS if name != "train"])
-def test_a_section_has_the_keys_of_its_config_in_their_order(name) -> None:
-    require_same_keys(name, PARAMS[name], config_of(name))
+def test_the_sections_are_those_that_stages_read() -> None:
+    assert {name.partition(".")[0] for name in sections()} == set(PARAMS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_has_the_keys_of_its_config(family) -> None:
-    require_same_keys(f"train.{family}", PARAMS["train"][family], config_of("train"))
-    network = PARAMS["train"][family]["network"]
-    assert set(network) == {field.name for field in fields(FAMILIES[family].config)}
+@pytest.mark.parametrize(("name", "config"), sections().items(), ids=sections())
+def test_a_section_fits_its_config_and_has_its_keys_in_their_order(name, config) -> None:
+    section = PARAMS
+    for part in name.split("."):
+        section = section[part]
+    require_same_keys(name, section, config)
+    loaded = load(ROOT / "params.yaml", name, config)
+    if family := name.partition("train.")[2]:
+        assert set(loaded.network) == {field.name for field in fields(FAMILIES[family].config)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_a_stage_declares_the_sections_that_it_reads(stage) -> None:
-    """Those that its command in components/__main__.py loads."""
-    tree = ast.parse((ROOT / "components/__main__.py").read_text())
-    command = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == stage)
-    loaded = set(re.findall(r"load\(params, f?['\"]([\w.{}]+)['\"]", ast.unparse(command)))
-    declared = {name.replace("${item.model}", "{model}") for name in STAGES[stage]["params"]}
-    assert loaded == declared
-    assert loaded
-
-
-# ---- what no file may hold --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("file", CODE, ids=str)
-def test_nothing_unsafe(file) -> None:
-    modules = {name.partition(".")[0] for name in imported(file)}
-    bad = {"torch.load", "os.system", "eval", "exec", "shell=True"}
-    if "yaml" in modules:  # PyYAML; ruamel's YAML().load makes nothing but data
-        bad |= {"yaml.load", "yaml.unsafe_load"}
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
-        words = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name | ast.keyword) else ""
-        assert words not in bad, f"{file}: {words}"
-    assert not modules & {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
+    own = "train.${item.model}" if stage == "train" else stage
+    read_by = {own if name == "config" else name for name in configs_of(module_of(stage))}
+    assert set(STAGES[stage].get("params", ())) == read_by

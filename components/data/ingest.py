@@ -179,6 +179,17 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     return facts
 
 
+def summary(facts: dict[str, Any]) -> dict[str, str]:
+    lines = {
+        "impressions": f"{facts['impressions']:,}, {facts['label_rate']:.1%} clicked",
+        "days": f"{facts['days']:,}, {facts['first_day']} to {facts['last_day']}",
+        "users, items": f"{facts['users']:,} and {facts['items']:,}",
+    }
+    if "oracle_auc" in facts:
+        lines["oracle"] = f"AUC {facts['oracle_auc']:.4f}, the ceiling of any model"
+    return lines
+
+
 def trimmed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The extra columns as the server reads a request (`models.schema.trimmed`): no spaces (Unicode's Zs) around a
     value, and none where nothing is left."""

@@ -132,6 +132,11 @@ def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expec
     return found
 
 
+def summary(report: dict[str, Any]) -> dict[str, str]:
+    kept = sum(rule["passed"] for rule in report["rules"])
+    return {"rules": f"{kept} of {len(report['rules'])} hold"}
+
+
 # ---- Great Expectations -----------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,16 @@ def run(
     return facts
 
 
+def summary(facts: dict[str, Any]) -> dict[str, str]:
+    lines = {
+        name: f"{end - start:,} rows, {facts['label_rate'][name]:.1%} clicked"
+        for name, (start, end) in facts["splits"].items()
+    }
+    return lines | {
+        "size": f"{facts['bytes_per_row']} bytes a row, {facts['items']:,} items, {facts['clicks']:,} clicks"
+    }
+
+
 class Joined(NamedTuple):
     """Every impression with its features, in event order. `strings` and `integers` are the impression's fields."""
 

@@ -151,6 +151,15 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
     return facts
 
 
+def summary(facts: dict[str, Any]) -> dict[str, str]:
+    missing = ", ".join(f"{name} {count:,}" for name, count in facts["missing"].items())
+    return {
+        "items": f"{facts['items']:,}, of which {facts['missing_all']:,} have no vector",
+        "vector": f"{facts['dim']} values, {facts['explained_variance']:.1%} of the training items' variance",
+        "missing": missing or "no modality",
+    }
+
+
 def training_items(data: Canonical, split: SplitConfig) -> pa.Array:
     """Ids of the items shown in the training days."""
     events = data.events()

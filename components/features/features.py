@@ -51,3 +51,12 @@ def run(
     sync(output)
     write_json(output / "receipt.json", receipt)
     return receipt
+
+
+def summary(receipt: dict[str, Any]) -> dict[str, str]:
+    rows = ", ".join(f"{name} {rows:,}" for name, rows in receipt["rows"].items())
+    return {
+        "rows": rows,
+        "clicks": f"{receipt['clicks']:,}",
+        "online store": f"{receipt['online_values_compared']:,} values read back, all as written",
+    }

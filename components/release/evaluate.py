@@ -1,57 +1,28 @@
-"""evaluate: the ranker on the test days, whole and by slice, beside the oracle and the champion on the same rows.
-
-auc                 area under the ROC curve, with a 95% interval: users are resampled, for rows of one user are
-                    not independent; where all rows are of one user (data without users), rows are
-group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out.
-                    Of data without users it is the AUC, of data in which no user has both classes there is none
-calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
-"""
+"""evaluate: the ranker on the test days, whole and by slice, beside the oracle and the champion on the same rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from sklearn.metrics import log_loss, roc_auc_score, roc_curve
+from sklearn.metrics import log_loss, roc_auc_score
 
 from components.common.artifacts import new_folder, write_json
+from components.common.champion import fetched
 from components.common.dataset import UNSEEN, Dataset, encode_column
-from components.release import registry
+from components.common.scoring import SCORE_BATCH, score
+from components.release.measures import EvaluateConfig, calibration_curve, intervals, measure, roc_points
 from models.checkpoint import Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch
 
-SCORE_BATCH = 16_384  # rows scored at once
-ROC_POINTS = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """seed              of the resampling
-    bootstrap         resamples of users (of rows, where there is one user) behind each interval
-    calibration_bins  equally filled bins of the predicted probability
-    min_slice_rows    a smaller slice is marked as small, and the gate does not judge it
-    """
-
-    seed: int
-    bootstrap: int
-    calibration_bins: int
-    min_slice_rows: int
-
-    def __post_init__(self) -> None:
-        for name in ("bootstrap", "calibration_bins", "min_slice_rows"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 2")
-
 
 def run(
-    config: EvaluateConfig, model_name: str, checkpoint: Path, dataset: Path, champion: Path, output: Path
+    config: EvaluateConfig, model: str, checkpoint: Path, dataset: Path, champion: Path, output: Path
 ) -> dict[str, Any]:
     """Write evaluation.json, metrics.json (its headline), predictions.parquet, calibration.csv and roc.csv.
 
@@ -76,7 +47,7 @@ def run(
         test["oracle_auc"] = float(roc_auc_score(labels, oracle))
         test["oracle_logloss"] = float(log_loss(labels, oracle.astype(np.float64)))
     found: dict[str, Any] = {
-        "model": model_name,
+        "model": model,
         "checkpoint_sha256": checkpoint_hash(checkpoint),
         "data_sha256": data.facts["data_sha256"],
         "schema_hash": data.facts["schema_hash"],
@@ -85,10 +56,9 @@ def run(
         "champion": None,
     }
     columns = {"user_id": data.user_ids(slice(start, end)).numpy(), "label": labels, "score": scores}
-    current = registry.current(champion)
-    if current is not None:
-        with registry.checkpoint(current) as folder:
-            theirs = predict_translated(load(folder), data, pq.read_table(dataset / UNSEEN), (start, end))
+    if (serving := fetched(champion)) is not None:
+        current, folder = serving
+        theirs = predict_translated(load(folder), data, pq.read_table(dataset / UNSEEN), (start, end))
         columns["champion_score"] = theirs
         found["champion"] = {
             "version": current["version"],
@@ -103,8 +73,26 @@ def run(
         write_json(folder / "metrics.json", {name: test[name] for name in headline if name in test})
         pq.write_table(pa.table(columns), folder / "predictions.parquet")
         calibration_curve(labels, scores, config.calibration_bins).to_csv(folder / "calibration.csv", index=False)
-        _roc(labels, scores).to_csv(folder / "roc.csv", index=False)
+        roc_points(labels, scores).to_csv(folder / "roc.csv", index=False)
     return found
+
+
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    test = found["test"]
+    lines = {
+        "test AUC": f"{test['auc']:.4f}, 95% interval {test['auc_low']:.4f} to {test['auc_high']:.4f}",
+        "logloss": f"{test['logloss']:.4f}, {test['base_logloss']:.4f} for always predicting the click rate",
+        "calibration error": f"{test['calibration_error']:.4f}",
+    }
+    if "oracle_auc" in test:
+        lines["oracle"] = f"AUC {test['oracle_auc']:.4f}, the ceiling of any model"
+    if (champion := found["champion"]) is not None:
+        difference = champion["difference"]
+        lines[f"champion {champion['version']}"] = (
+            f"AUC {champion['test']['auc']:.4f}; this one's is {difference['auc']:+.4f} from it, 95% interval "
+            f"{difference['auc_low']:+.4f} to {difference['auc_high']:+.4f}"
+        )
+    return lines
 
 
 def require_same(trained: Checkpoint, data: Dataset, checkpoint: Path, dataset: Path) -> None:
@@ -120,14 +108,10 @@ def require_same(trained: Checkpoint, data: Dataset, checkpoint: Path, dataset: 
 # ---- scores -----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def predict(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
     """Click probabilities, float32, of a range of rows."""
-    found = []
-    for start in range(rows[0], rows[1], SCORE_BATCH):
-        batch = data.batch(slice(start, min(start + SCORE_BATCH, rows[1])))
-        found.append(torch.sigmoid(trained.model(batch, data.catalog, data.click_log).logit_B))
-    return torch.cat(found).float().numpy()
+    logit_B, _ = score(trained.model, data, rows)
+    return logit_B.sigmoid().numpy()
 
 
 def predict_translated(champion: Checkpoint, data: Dataset, unseen: pa.Table, rows: tuple[int, int]) -> np.ndarray:
@@ -178,84 +162,7 @@ def _type(vocab: tuple[str, ...] | None) -> pa.DataType:
     return pa.int64() if vocab is None else pa.string()
 
 
-# ---- figures ----------------------------------------------------------------------------------------------------
-
-
-def measure(config: EvaluateConfig, labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> dict[str, Any]:
-    """rows, label_rate, auc, group_auc, logloss, calibration_error, base_logloss; None where a figure means nothing."""
-    curve = calibration_curve(labels, scores, config.calibration_bins)
-    both = 0 < labels.mean() < 1
-    rate = labels.mean(dtype=np.float64)
-    return {
-        "rows": len(labels),
-        "label_rate": float(rate),
-        "auc": float(roc_auc_score(labels, scores)) if both else None,
-        "group_auc": group_auc(labels, scores, users),
-        "logloss": float(log_loss(labels, scores.astype(np.float64), labels=[0, 1])),
-        "base_logloss": float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate)) if both else 0.0,
-        "calibration_error": float(
-            (curve["rows"] * (curve["predicted"] - curve["observed"]).abs()).sum() / len(labels)
-        ),
-    }
-
-
-def group_auc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
-    """Users' own AUCs weighted by their impressions; None where no user has both classes."""
-    frame = pd.DataFrame({"user": users, "label": labels.astype(np.int64), "score": scores})
-    frame["rank"] = frame.groupby("user")["score"].rank()
-    frame["clicked_rank"] = frame["rank"] * frame["label"]
-    by_user = frame.groupby("user").agg(n=("label", "size"), p=("label", "sum"), ranks=("clicked_rank", "sum"))
-    by_user = by_user[(by_user.p > 0) & (by_user.p < by_user.n)]
-    if by_user.empty:
-        return None
-    area = (by_user.ranks - by_user.p * (by_user.p + 1) / 2) / (by_user.p * (by_user.n - by_user.p))
-    return float((area * by_user.n).sum() / by_user.n.sum())
-
-
-def calibration_curve(labels: np.ndarray, scores: np.ndarray, bins: int) -> pd.DataFrame:
-    """predicted, observed, rows of equally filled bins of the predicted probability."""
-    order = np.argsort(scores, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    return pd.DataFrame(
-        {
-            "predicted": [scores[part].mean(dtype=np.float64) for part in parts],
-            "observed": [labels[part].mean(dtype=np.float64) for part in parts],
-            "rows": [len(part) for part in parts],
-        }
-    )
-
-
-def intervals(
-    config: EvaluateConfig, labels: np.ndarray, users: np.ndarray, *, auc: np.ndarray, minus: np.ndarray | None = None
-) -> dict[str, Any]:
-    """95% interval of the AUC, or of its difference to another score on the same rows.
-
-    Users are resampled; rows where all are of one user.
-    """
-    rng = np.random.default_rng(config.seed)
-    distinct, user = np.unique(users, return_inverse=True)
-    if len(distinct) == 1:
-        user = np.arange(len(users))
-    found = []
-    for _ in range(config.bootstrap):
-        weights = rng.poisson(1, user.max() + 1)[user]  # as many resampled users as there are, on average
-        kept = weights > 0
-        if not labels[kept].any() or labels[kept].all():
-            continue
-        value = roc_auc_score(labels[kept], auc[kept], sample_weight=weights[kept])
-        if minus is not None:
-            value -= roc_auc_score(labels[kept], minus[kept], sample_weight=weights[kept])
-        found.append(value)
-    if not found:
-        raise ValueError(
-            f"evaluate.bootstrap is {config.bootstrap}: no resample of {user.max() + 1} users held both classes; "
-            "raise it, or give more test days"
-        )
-    low, high = (float(v) for v in np.quantile(found, [0.025, 0.975]))
-    if minus is None:
-        return {"auc_low": low, "auc_high": high}
-    whole = float(roc_auc_score(labels, auc) - roc_auc_score(labels, minus))
-    return {"auc": whole, "auc_low": low, "auc_high": high}
+# ---- slices ----------------------------------------------------------------------------------------------------
 
 
 def slice_masks(data: Dataset) -> dict[str, np.ndarray]:
@@ -289,9 +196,3 @@ def _slice(
         **measure(config, labels[mask], scores[mask], users[mask]),
         "small": int(mask.sum()) < config.min_slice_rows,
     }
-
-
-def _roc(labels: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
-    false, true, _ = roc_curve(labels, scores)
-    at = np.linspace(0, 1, ROC_POINTS)
-    return pd.DataFrame({"false_positive_rate": at, "true_positive_rate": np.interp(at, false, true)})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.artifacts import read_json, write_json
-from components.release import registry
+from components.common.champion import POINTER, read_pointer
 
 NOT_MEASURABLE = {
     "group_auc": "cannot be measured: no user of the test days has both a click and a row without one; where that is "
@@ -57,7 +57,7 @@ def run(
     from models.checkpoint import checkpoint_hash
 
     data = read_json(dataset / "dataset.json", "dataset")
-    current = registry.current(champion)
+    current = read_pointer(champion / POINTER)
     candidates: dict[str, Any] = {}
     for file in sorted(evaluations.glob("*/evaluation.json")):
         metrics = read_json(file, f"evaluate@{file.parent.name}")
@@ -96,6 +96,11 @@ def run(
     }
     write_json(output, decision)
     return decision
+
+
+def summary(decision: dict[str, Any]) -> dict[str, str]:
+    verdict = f"{decision['verdict']}: {decision['model'] or 'nothing ships'}"
+    return {"verdict": verdict, "because": "\n".join(decision["reasons"])}
 
 
 def judge(config: GateConfig, metrics: dict[str, Any]) -> list[dict[str, Any]]:

@@ -107,6 +107,10 @@ def run(
     return package
 
 
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    return {"built": found["tag"] if found["built"] else "nothing: the gate rejected"}
+
+
 def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -> Checkpoint:
     """The checkpoint, once hashes say that it, the dataset and the decision belong together."""
     found = checkpoint_hash(source)

@@ -1,8 +1,8 @@
-"""The champion: the version that serves now. Outside of the graph, because it changes the world and not a file.
+"""The registry of versions: promote one, or roll back to one. Outside of the graph, because it changes the world.
 
-Git tags are the registry (GTO): `ctr-ranker@v1.2.0` is a version, `ctr-ranker#champion#3` makes one the champion, and
-the commit they stand on names, through dvc.lock, every byte that was trained on and shipped. champion.json is the
-pointer in the work tree: evaluation depends on it, and pulls the champion's checkpoint out of DVC by its tag.
+Git tags are the registry (GTO): `ctr-ranker@v1.2.0` is a version, and `ctr-ranker#champion#3` makes one the champion.
+The commit they stand on names, through dvc.lock, every byte that was trained on and shipped. champion.json is the
+pointer in the work tree: the stage `champion` depends on it.
 """
 
 from __future__ import annotations
@@ -11,55 +11,16 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from components.common.artifacts import read_json, write_json
+from components.common.champion import read_pointer
+from components.training.champion import fetch
 
 STAGE = "champion"
 FACTS = {"model", "checkpoint_sha256", "bento"}  # what a version's tag says of it
-
-
-def current(pointer: Path) -> dict[str, Any] | None:
-    """What champion.json says: name, version, revision, model, checkpoint_sha256; None before the first promotion.
-
-    Raises ValueError where it is missing or is no pointer.
-    """
-    try:
-        content = json.loads(pointer.read_text())
-        return content if content["version"] is not None else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{pointer}: {error!r}; it is in git: run `git checkout {pointer}`") from None
-
-
-@contextmanager
-def checkpoint(champion: dict[str, Any]) -> Iterator[Path]:
-    """The champion's checkpoint folder, out of the DVC cache or remote, while the block lasts.
-
-    Raises ValueError where DVC does not have it, or has other bytes than champion.json names.
-    """
-    from dvc.api import DVCFileSystem
-
-    from models.checkpoint import checkpoint_hash
-
-    with tempfile.TemporaryDirectory(prefix="clickloop-champion-") as scratch:
-        folder = Path(scratch) / champion["model"]
-        try:
-            files = DVCFileSystem(".", rev=champion["revision"])
-            files.get(f"checkpoints/{champion['model']}", str(folder), recursive=True)
-        except Exception as error:  # DVC raises a dozen kinds
-            raise ValueError(
-                f"champion {champion['version']}: its checkpoint cannot be had from DVC at {champion['revision']}: "
-                f"{error}. Run `dvc fetch --all-tags checkpoints/{champion['model']}`"
-            ) from error
-        if (found := checkpoint_hash(folder)) != champion["checkpoint_sha256"]:
-            raise ValueError(
-                f"champion {champion['version']}: DVC holds checkpoint {found} at {champion['revision']}, but the "
-                f"champion is {champion['checkpoint_sha256']}; `git checkout champion.json`, or `dvc repro` and commit"
-            )
-        yield folder
 
 
 def promote(package: Path, smoke: Path, pointer: Path) -> str:
@@ -96,8 +57,9 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
         )
     name = built["tag"].partition(":")[0]
     facts = {"model": built["model"], "checkpoint_sha256": built["checkpoint_sha256"], "bento": built["tag"]}
-    with checkpoint({"version": "to be", "revision": "HEAD", **facts}):
-        pass  # the commit leads to the bytes that were built, and not to those of another run
+    with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
+        # the commit leads to the bytes that were built, and not to those of another run
+        fetch({"version": "to be", "revision": "HEAD", **facts}, Path(scratch) / built["model"])
     version = next((version for version, known in _versions(name).items() if known == facts), None)
     if version is None:
         try:
@@ -109,7 +71,7 @@ def promote(package: Path, smoke: Path, pointer: Path) -> str:
 
 def rollback(version: str, pointer: Path) -> str:
     """Make an earlier version the champion again. Raises ValueError where there is no such version."""
-    champion = current(pointer)
+    champion = read_pointer(pointer)
     if champion is None:
         raise ValueError(f"{pointer}: there is no champion yet; `python -m components promote` makes the first")
     name = champion["name"]
@@ -139,7 +101,7 @@ def _point(pointer: Path, name: str, version: str, facts: dict[str, Any]) -> str
     from gto.api import assign
 
     champion = {"name": name, "version": version, "revision": f"{name}@{version}", **facts}
-    if current(pointer) == champion:
+    if read_pointer(pointer) == champion:
         return f"{name} {version} ({facts['bento']}) is the champion already; nothing was done"
     assign(repo=".", name=name, version=version, stage=STAGE, force=True)  # also where it was the champion before
     write_json(pointer, champion)

@@ -78,6 +78,17 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
     return report
 
 
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    if not found["served"]:
+        return {"served": "nothing: no Bento was built"}
+    latency, golden = found["latency_ms"], found["golden"]
+    return {
+        "golden scores": f"{golden['requests']:,} requests, offline scores met within {golden['max_abs_error']:.1e}",
+        "latency": f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms",
+        "memory": f"{found['memory_mib']:,.0f} MiB at most",
+    }
+
+
 # ---- the checks -------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ class TrainConfig:
                   .scratch/inductor
     network       the model's own config, see models/
 
-    The values of the published runs: `PRESETS` (network) and `TRAINING` (the rest) in models/registry.py.
+    The values of the published runs: `PRESETS` (network) and `TRAINING` (the rest) in models/families.py.
     """
 
     seed: int

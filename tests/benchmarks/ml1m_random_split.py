@@ -36,7 +36,7 @@ from torch import Tensor
 
 from components.common.dataset import Dataset
 from components.training.config import TrainConfig
-from models import registry
+from models import families
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash
 
 TRAIN, VALID = 591_209, 73_901  # rows; the published counts
@@ -58,7 +58,7 @@ class Config:
     network: dict[str, Any] = field(default_factory=dict)
 
 
-PUBLISHED = registry.TRAINING["sdcnv3/ml-1m"] | {"device": "cpu", "precision": "fp32", "compile": False}
+PUBLISHED = families.TRAINING["sdcnv3/ml-1m"] | {"device": "cpu", "precision": "fp32", "compile": False}
 AVERAGED = {
     "batch_size": 2048, "lr": 7e-4, "lr_factor": 1.0, "embedding_l2": 0.005, "network_l2": 3e-4, "ema": 0.999,
 }  # fmt: skip
@@ -79,7 +79,7 @@ def main() -> None:
             data = dataset(asked.data, split, chosen.history)
             for seed in asked.seed:
                 config = TrainConfig(**{**PUBLISHED, **chosen.train, "seed": seed, "network": chosen.network})
-                _, found = run(name, partial(registry.build, "sdcnv3", chosen.network), config, data)
+                _, found = run(name, partial(families.build, "sdcnv3", chosen.network), config, data)
                 say({"config": name, "split": split, **found, "machine": machine()})
                 figures = (f"{found[key]:.5f}" for key in ("test_auc", "test_logloss"))
                 table.add_row(name, str(split), str(seed), str(found["epochs"]), f"{found['seconds']:.0f}", *figures)

@@ -31,7 +31,7 @@ from components.data.ingest import IngestConfig
 from components.features.dataset import DatasetConfig
 from components.features.views import FeaturesConfig
 from components.training.config import TrainConfig
-from models import registry
+from models import families
 from models.layers import Ranker
 from models.schema import Schema
 
@@ -98,13 +98,13 @@ def datasets(raw: Path, scratch: Path) -> list[tuple[str, Dataset, list[str]]]:
 
 def trainer(name: str, seed: int, exclude: list[str]) -> tuple[TrainConfig, Callable[[Schema], Ranker]]:
     """How a model is trained, and what makes it."""
-    section = name if name in registry.FAMILIES else "sdcnv3"
+    section = name if name in families.FAMILIES else "sdcnv3"
     config = settings(f"train.{section}", TrainConfig, seed=seed, device="cpu", **SHARED | TRAIN[name])
     if name in BASELINES:
         return replace(config, network={}), BASELINES[name]
     network = config.network | NETWORK[name]
     network["exclude"] = [*network["exclude"], *exclude]
-    return replace(config, network=network), partial(registry.build, name, network)
+    return replace(config, network=network), partial(families.build, name, network)
 
 
 if __name__ == "__main__":

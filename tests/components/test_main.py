@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -19,7 +18,8 @@ from components import __main__ as program
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "feast", "great_expectations", "duckdb", "pandas", "sklearn", "dvc", "bentoml", "matplotlib")
-COMMANDS = typer.main.get_command(program.app).commands  # type: ignore[attr-defined]
+OTHERS = typer.main.get_command(program.app).commands  # type: ignore[attr-defined]
+COMMANDS = {**{name: program.stage_command(name) for name in program.STAGES}, **OTHERS}
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +54,29 @@ runpy.run_module("components", run_name="__main__")
     assert "dvc repro" in done.stdout
 
 
-def test_the_commands_are_the_stages_and_what_lies_outside_the_graph() -> None:
+def test_the_commands_are_the_stages_of_dvc_and_what_lies_outside_the_graph() -> None:
     import yaml
 
-    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-    assert set(program.STAGES) == stages
-    assert set(COMMANDS) == stages | {"push", "replay", "report", "use", "promote", "rollback"}
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(program.STAGES) == list(stages)
+    assert not set(stages) & set(OTHERS)
+
+
+def test_the_help_groups_the_commands_by_storey(capsys) -> None:
+    assert program.main(["--help"]) == 0
+    said = words(capsys.readouterr().out)
+    places = [said.index(f"Stages: {storey}") for storey in ("data", "features", "training", "release")]
+    assert places == sorted(places)
+    assert said.index("ingest", places[0]) < places[1] < said.index("embed", places[1]) < places[2]
 
 
 @pytest.mark.parametrize("name", sorted(program.STAGES))
 def test_help_of_a_stage_names_every_key_of_its_sections(name, capsys) -> None:
     program.main([name, "--help"])
     said = capsys.readouterr().out
-    configs = [v for k, v in vars(importlib.import_module(f"components.{name}")).items() if k.endswith("Config")]
-    assert configs
-    for config in configs:
+    configs = program.configs_of(program.module_of(name))
+    assert bool(configs) == (name != "champion")
+    for config in configs.values():
         for field in dataclasses.fields(config):
             assert field.name in said.split(config.__name__, 1)[1], f"{config.__name__}.{field.name} is not explained"
 
@@ -117,7 +125,7 @@ def test_a_wrong_call_ends_with_code_2(arguments, says, capsys) -> None:
 def gate(root: Path, params: Path = ROOT / "params.yaml") -> list[str]:
     return [
         "gate", "--evaluations", str(root / "e"), "--checkpoints", str(root), "--dataset", str(root / "nowhere"),
-        "--champion", str(root / "champion.json"), "--output", str(root / "out.json"), "--params", str(params),
+        "--champion", str(root / "champion"), "--output", str(root / "out.json"), "--params", str(params),
     ]  # fmt: skip
 
 
@@ -186,6 +194,6 @@ def test_an_error_of_the_program_itself_keeps_its_traceback(tmp_path, monkeypatc
     def broken(*_: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr(step, "run", broken)
+    monkeypatch.setattr(step, "read_json", broken)
     with pytest.raises(KeyError, match="ours"):
         program.main(gate(tmp_path))

@@ -5,10 +5,8 @@ Airflow reads its settings when it is imported, so it is never imported here: ea
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,19 +90,6 @@ def run_dag(project: Project) -> tuple[str, dict[str, str], set[str]]:
 # ---- shape ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(DAGS.glob("*.py")), ids=lambda file: file.name)
-def test_a_dag_file_imports_airflow_and_the_standard_library_alone(file: Path) -> None:
-    imported = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file.name}:{node.lineno}: a relative import"
-            imported.add(node.module or "")
-    foreign = {name for name in imported if name.partition(".")[0] not in {*sys.stdlib_module_names, "airflow"}}
-    assert not foreign
-
-
 def test_airflow_reads_the_folder_without_errors_and_keeps_the_dag_through_its_database(described) -> None:
     assert described["errors"] == {}
     assert described["dags"] == ["ctr_daily"]
@@ -169,7 +154,7 @@ def test_an_approved_run_ships(project, approved, described) -> None:
 
 
 @pytest.mark.slow
-def test_a_rejection_ends_green_with_nothing_shipped_and_a_report(project, approved, described) -> None:
+def test_if_the_gate_rejects_the_run_succeeds_ships_nothing_and_reports(project, approved, described) -> None:
     shipped = project.root / "artifacts/package/package.json"
     before = shipped.stat().st_mtime_ns
     report = project.root / "artifacts/report.html"
@@ -188,7 +173,7 @@ def test_a_rejection_ends_green_with_nothing_shipped_and_a_report(project, appro
 
 
 @pytest.mark.slow
-def test_a_broken_contract_ends_red_with_nothing_after_it(project, approved) -> None:
+def test_if_a_contract_is_broken_the_run_fails_and_nothing_comes_after_it(project, approved) -> None:
     report = project.root / "artifacts/report.html"
     report.unlink(missing_ok=True)
     project.set_params({"validate.label_rate": [0.9, 0.95]})
@@ -196,7 +181,7 @@ def test_a_broken_contract_ends_red_with_nothing_after_it(project, approved) -> 
         state, tasks, ran = run_dag(project)
     finally:
         project.set_params({"validate.label_rate": [0.01, 0.95]})
-    fine = dict.fromkeys(("ingest", "start"), "success")
+    fine = dict.fromkeys(("ingest", "champion", "start"), "success")
     assert tasks == dict.fromkeys(AFTER_VALIDATE, "upstream_failed") | fine | {"validate": "failed"}
     assert state == "failed"
     assert ran == {"validate"}

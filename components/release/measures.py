@@ -1,0 +1,121 @@
+"""What is measured of scores on rows with labels.
+
+auc                 area under the ROC curve, with a 95% interval. Users are resampled, because rows of one user are
+                    not independent; where all rows are of one user (data without users), rows are resampled
+group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out.
+                    For data without users it is the AUC. Where no user has both classes there is none
+calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import log_loss, roc_auc_score, roc_curve
+
+ROC_POINTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """seed              of the resampling
+    bootstrap         resamples of users (of rows, where there is one user) behind each interval
+    calibration_bins  equally filled bins of the predicted probability
+    min_slice_rows    a smaller slice is marked as small, and the gate does not judge it
+    """
+
+    seed: int
+    bootstrap: int
+    calibration_bins: int
+    min_slice_rows: int
+
+    def __post_init__(self) -> None:
+        for name in ("bootstrap", "calibration_bins", "min_slice_rows"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 2")
+
+
+def measure(config: EvaluateConfig, labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> dict[str, Any]:
+    """rows, label_rate, auc, group_auc, logloss, calibration_error, base_logloss; None where a figure means nothing."""
+    curve = calibration_curve(labels, scores, config.calibration_bins)
+    both = 0 < labels.mean() < 1
+    rate = labels.mean(dtype=np.float64)
+    return {
+        "rows": len(labels),
+        "label_rate": float(rate),
+        "auc": float(roc_auc_score(labels, scores)) if both else None,
+        "group_auc": group_auc(labels, scores, users),
+        "logloss": float(log_loss(labels, scores.astype(np.float64), labels=[0, 1])),
+        "base_logloss": float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate)) if both else 0.0,
+        "calibration_error": float(
+            (curve["rows"] * (curve["predicted"] - curve["observed"]).abs()).sum() / len(labels)
+        ),
+    }
+
+
+def group_auc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float | None:
+    """Users' own AUCs weighted by their impressions; None where no user has both classes."""
+    frame = pd.DataFrame({"user": users, "label": labels.astype(np.int64), "score": scores})
+    frame["rank"] = frame.groupby("user")["score"].rank()
+    frame["clicked_rank"] = frame["rank"] * frame["label"]
+    by_user = frame.groupby("user").agg(n=("label", "size"), p=("label", "sum"), ranks=("clicked_rank", "sum"))
+    by_user = by_user[(by_user.p > 0) & (by_user.p < by_user.n)]
+    if by_user.empty:
+        return None
+    area = (by_user.ranks - by_user.p * (by_user.p + 1) / 2) / (by_user.p * (by_user.n - by_user.p))
+    return float((area * by_user.n).sum() / by_user.n.sum())
+
+
+def calibration_curve(labels: np.ndarray, scores: np.ndarray, bins: int) -> pd.DataFrame:
+    """predicted, observed, rows of equally filled bins of the predicted probability."""
+    order = np.argsort(scores, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return pd.DataFrame(
+        {
+            "predicted": [scores[part].mean(dtype=np.float64) for part in parts],
+            "observed": [labels[part].mean(dtype=np.float64) for part in parts],
+            "rows": [len(part) for part in parts],
+        }
+    )
+
+
+def intervals(
+    config: EvaluateConfig, labels: np.ndarray, users: np.ndarray, *, auc: np.ndarray, minus: np.ndarray | None = None
+) -> dict[str, Any]:
+    """95% interval of the AUC, or of its difference to another score on the same rows.
+
+    Users are resampled; rows where all are of one user.
+    """
+    rng = np.random.default_rng(config.seed)
+    distinct, user = np.unique(users, return_inverse=True)
+    if len(distinct) == 1:
+        user = np.arange(len(users))
+    found = []
+    for _ in range(config.bootstrap):
+        weights = rng.poisson(1, user.max() + 1)[user]  # as many resampled users as there are, on average
+        kept = weights > 0
+        if not labels[kept].any() or labels[kept].all():
+            continue
+        value = roc_auc_score(labels[kept], auc[kept], sample_weight=weights[kept])
+        if minus is not None:
+            value -= roc_auc_score(labels[kept], minus[kept], sample_weight=weights[kept])
+        found.append(value)
+    if not found:
+        raise ValueError(
+            f"evaluate.bootstrap is {config.bootstrap}: no resample of {user.max() + 1} users held both classes; "
+            "raise it, or give more test days"
+        )
+    low, high = (float(v) for v in np.quantile(found, [0.025, 0.975]))
+    if minus is None:
+        return {"auc_low": low, "auc_high": high}
+    whole = float(roc_auc_score(labels, auc) - roc_auc_score(labels, minus))
+    return {"auc": whole, "auc_low": low, "auc_high": high}
+
+
+def roc_points(labels: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
+    false, true, _ = roc_curve(labels, scores)
+    at = np.linspace(0, 1, ROC_POINTS)
+    return pd.DataFrame({"false_positive_rate": at, "true_positive_rate": np.interp(at, false, true)})

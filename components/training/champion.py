@@ -1,0 +1,50 @@
+"""champion: the champion's checkpoint, out of DVC, for all stages that compare with it or start from it.
+
+It is fetched here once. So training and evaluation read files alone, and run on a machine without git and DVC.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from components.common.artifacts import new_folder
+from components.common.champion import CHECKPOINT, POINTER, read_pointer
+from models.checkpoint import checkpoint_hash
+
+
+def run(pointer: Path, output: Path) -> dict[str, Any]:
+    """Write a copy of champion.json, and the checkpoint's folder. Raises ValueError as `fetch` does."""
+    champion = read_pointer(pointer)
+    with new_folder(output) as folder:
+        shutil.copyfile(pointer, folder / POINTER)
+        if champion is not None:
+            fetch(champion, folder / CHECKPOINT)
+    return champion or {}
+
+
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    return {"champion": f"{found['version']}, {found['model']}" if found else "none yet"}
+
+
+def fetch(champion: dict[str, Any], folder: Path) -> None:
+    """The checkpoint of a version, out of DVC's cache or remote.
+
+    Raises ValueError where DVC does not have it, or has other bytes than the version names.
+    """
+    from dvc.api import DVCFileSystem
+
+    version, revision, model = champion["version"], champion["revision"], champion["model"]
+    try:
+        DVCFileSystem(".", rev=revision).get(f"checkpoints/{model}", str(folder), recursive=True)
+    except Exception as error:  # DVC raises a dozen kinds
+        raise ValueError(
+            f"champion {version}: DVC cannot give its checkpoint at {revision}: {error}. "
+            f"Run `dvc fetch --all-tags checkpoints/{model}`"
+        ) from error
+    if (found := checkpoint_hash(folder)) != champion["checkpoint_sha256"]:
+        raise ValueError(
+            f"champion {version}: DVC holds checkpoint {found} at {revision}, but the champion is "
+            f"{champion['checkpoint_sha256']}; run `git checkout champion.json`, or `dvc repro` and commit"
+        )
