@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.common.artifacts import file_hash, new_folder, read_json, write_json
+from components.common.config import parse_time
 from components.common.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
 from components.common.dataset import UNSEEN, encode_column, narrow, popularity_level
 from components.common.splits import SplitConfig, split_rows
@@ -56,7 +58,8 @@ def run(
     receipt = read_json(features / "receipt.json", "features")
     data = Canonical(canonical)
     events = data.events()
-    joined, vectors = join(events, data.items()["item_id"], repo)
+    until = read_json(canonical / "source.json", "ingest")["until"]
+    joined, vectors = join(events, data.items(), repo, until)
     cut = split_rows(events, split)
     encoder, catalog = fit(config, joined, cut.valid_start, data, vectors, receipt["embedding_version"])
     columns = encode(config, joined, encoder, catalog)
@@ -109,16 +112,25 @@ class Joined(NamedTuple):
     fields: dict[str, pa.ChunkedArray]
 
 
-def join(events: pa.Table, item_ids: pa.ChunkedArray, repo: Path) -> tuple[Joined, np.ndarray]:
-    """The point-in-time join of all impressions, and the items' vectors as known at the last of them.
+def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None) -> tuple[Joined, np.ndarray]:
+    """The point-in-time join of all impressions, and the items' vectors as known at the end of the data.
 
-    events  canonical events; item_ids  canonical item ids. Returns the joined rows and float32 [items, width],
-    zero where an item has no vector. Raises ValueError where Feast gives back other rows than it was given.
+    events, items  canonical tables
+    until          `ingest.until`: the end of the data. Without it, that is the newest event or the newest item. An
+                   item that is newer than all events has its vector too: for a new item a model has little else
+
+    Returns the joined rows and float32 [items, width], zero where an item has no vector. Raises ValueError where Feast
+    gives back other rows than it was given.
     """
     from components.features.store import feature_store
     from components.features.views import NO_ATTRIBUTES
 
-    last = pc.max(events["timestamp"])
+    item_ids = items["item_id"]
+    if until is not None:
+        last = pa.scalar(parse_time("until", until) - timedelta(microseconds=1), UTC)
+    else:
+        newest = (pc.max(events["timestamp"]), pc.max(items["created_at"]))
+        last = pa.scalar(max(time.as_py() for time in newest if time.is_valid), UTC)
     every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
     impressions = events.select(["user_id", "item_id", "timestamp"]).rename_columns(
         ["user_id", "item_id", "event_timestamp"]

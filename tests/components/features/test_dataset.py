@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC as ZONE
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -151,7 +152,7 @@ def joined(raw: RawTables, root: Path) -> tuple[Joined, pa.Table, list[list[int]
     views.write_sources(FEATURES, canonical, made.embedding, made.features)
     with feature_store(made.repo) as store:
         apply(store, made.features.resolve())
-    found, _ = dataset.join(canonical.events(), canonical.items()["item_id"], made.repo)
+    found, _ = dataset.join(canonical.events(), canonical.items(), made.repo)
     log = pq.read_table(made.features / "click_log.parquet")["item_id"].to_numpy()
     return (
         found,
@@ -296,20 +297,36 @@ def test_tags_are_cut_and_padded(data: Dataset, training: list[Row], folders: Fo
 
 def test_vectors_are_zero_where_there_is_none(data: Dataset, folders: Folders) -> None:
     rows = pq.read_table(folders.embedding / "item_embedding.parquet").sort_by("item_id").to_pylist()
-    created_after = {r["item_id"] for r in rows if r["created_at"].timestamp() > START + DAYS * DAY}
     missing = {r["item_id"] for r in rows if r["embedding"] is None}
-    assert len(missing) == 1 == len(created_after)
+    assert len(missing) == 1
     zero = [0.0] * 3
-    wanted = [zero if r["item_id"] in missing | created_after else r["embedding"] for r in rows]
+    wanted = [zero if r["item_id"] in missing else r["embedding"] for r in rows]
     assert data.catalog.vector_IE.dtype == torch.float32
     assert data.catalog.vector_IE.tolist() == [zero, zero, *wanted]
     assert data.schema.vector.size == 3
 
 
+def test_an_item_that_is_newer_than_all_events_has_its_vector_and_one_from_after_until_has_none(
+    folders: Folders,
+) -> None:
+    canonical = Canonical(folders.canonical)
+    items, events = canonical.items(), canonical.events()
+    newest = pc.max(events["timestamp"])
+    new = pc.greater(items["created_at"], newest).to_numpy()
+    assert new.sum() == 1
+    _, vectors = dataset.join(events, items, folders.repo)
+    assert vectors[new].any()
+    created = items["created_at"].filter(pa.array(new))[0].as_py()
+    for until, known in ((created, False), (created + timedelta(microseconds=1), True)):
+        _, vectors = dataset.join(events, items, folders.repo, until.isoformat())
+        assert vectors[new].any() == known
+        assert vectors[~new].any()
+
+
 def test_vocabularies_know_training_rows_only(data: Dataset, folders: Folders, training: list[Row]) -> None:
     """Values that only later rows hold, however often, get no index; the schema stays what it was."""
     canonical = Canonical(folders.canonical)
-    found, vectors = dataset.join(canonical.events(), canonical.items()["item_id"], folders.repo)
+    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.repo)
     device = found.fields["device"].to_pylist()
     device[len(training) :] = ["new"] * (len(device) - len(training))
     changed = found._replace(fields=found.fields | {"device": pa.chunked_array([device])})
@@ -324,7 +341,7 @@ def test_vocabularies_know_training_rows_only(data: Dataset, folders: Folders, t
 @pytest.mark.parametrize("min_count", [1, 2, 50])
 def test_min_count(min_count: int, data: Dataset, folders: Folders, training: list[Row]) -> None:
     canonical = Canonical(folders.canonical)
-    found, vectors = dataset.join(canonical.events(), canonical.items()["item_id"], folders.repo)
+    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.repo)
     config = replace(CONFIG, min_count=min_count)
     encoder, _ = dataset.fit(config, found, len(training), canonical, vectors, "v")
     counts = Counter(r.user for r in training)
