@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ import pytest
 import yaml
 
 from components.common.artifacts import folder_hash
-from components.release import registry as champion
+from components.common.champion import read_pointer
+from components.release import registry
+from components.training.champion import fetch
 from models.checkpoint import checkpoint_hash
 
 if TYPE_CHECKING:
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STAGES = {
-    "ingest", "validate", "embed", "features", "dataset", "start", "train@qin", "train@sdcnv3", "evaluate@qin",
-    "evaluate@sdcnv3", "gate", "package", "smoke",
+    "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
+    "evaluate@qin", "evaluate@sdcnv3", "gate", "package", "smoke",
 }  # fmt: skip
 JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
 
@@ -225,7 +228,7 @@ def test_a_killed_run_is_finished_by_the_next(project) -> None:
 def promote(project: Project, **files: Path) -> str:
     """In this process, in the project's folder."""
     package, smoke = project.root / "artifacts/package", project.root / "artifacts/smoke/smoke.json"
-    return champion.promote(files.get("package", package), files.get("smoke", smoke), project.root / "champion.json")
+    return registry.promote(files.get("package", package), files.get("smoke", smoke), project.root / "champion.json")
 
 
 def test_promotion_refuses_what_was_not_approved_tested_or_committed(project, tmp_path, monkeypatch) -> None:
@@ -253,17 +256,18 @@ def test_promotion_refuses_what_was_not_approved_tested_or_committed(project, tm
     finally:
         lock.write_text(committed)
     with pytest.raises(ValueError, match="there is no champion yet"):
-        champion.rollback("v0.0.1", project.root / "champion.json")
+        registry.rollback("v0.0.1", project.root / "champion.json")
     assert git(project, "tag") == ""
     assert read(project, "champion.json") == {"version": None}
 
 
 def bytes_of(pointer: Path) -> str:
     """The hash of the champion's checkpoint, as DVC brings it back."""
-    current = champion.current(pointer)
-    assert current is not None
-    with champion.checkpoint(current) as folder:
-        return checkpoint_hash(folder)
+    champion = read_pointer(pointer)
+    assert champion is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        fetch(champion, Path(scratch, "checkpoint"))
+        return checkpoint_hash(Path(scratch, "checkpoint"))
 
 
 def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch) -> None:
@@ -284,7 +288,10 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
     commit(project, "v0.0.1 is the champion")
     assert f"ctr-ranker v0.0.1 ({tag}) is the champion already" in project.python("-m", "components", "promote")
     assert set(git(project, "tag").split()) == {"ctr-ranker@v0.0.1", "ctr-ranker#champion#1"}
-    assert ran(dvc(project, "repro", "train@qin", "train@sdcnv3")) == {"start"}  # a promotion alone trains nothing
+    assert ran(dvc(project, "repro", "train@qin", "train@sdcnv3")) == {
+        "champion",
+        "start",
+    }  # a promotion alone trains nothing
 
     # An edit of one model's rate runs that model, both evaluations (there is a champion now), and what follows.
     old = pq.read_table(project.root / f"artifacts/evaluate/{chosen}/predictions.parquet")["score"].to_numpy()
@@ -341,18 +348,12 @@ def test_a_warm_start_goes_on_from_the_champion_that_dvc_brings_back(project) ->
 
 def test_other_bytes_than_the_champions_are_refused(project, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(project.root)
-    current = champion.current(project.root / "champion.json")
-    assert current is not None
-    with (
-        pytest.raises(ValueError, match=rf"champion v0\.0\.1: DVC holds checkpoint {current['checkpoint_sha256']} at"),
-        champion.checkpoint(current | {"checkpoint_sha256": "0" * 64}),
-    ):
-        pass
-    with (
-        pytest.raises(ValueError, match=r"cannot be had from DVC at ctr-ranker@v9: .*dvc fetch --all-tags"),
-        champion.checkpoint(current | {"revision": "ctr-ranker@v9"}),
-    ):
-        pass
+    champion = read_pointer(project.root / "champion.json")
+    assert champion is not None
+    with pytest.raises(ValueError, match=rf"v0\.0\.1: DVC holds checkpoint {champion['checkpoint_sha256']} at"):
+        fetch(champion | {"checkpoint_sha256": "0" * 64}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"DVC cannot give its checkpoint at ctr-ranker@v9: .*dvc fetch --all-tags"):
+        fetch(champion | {"revision": "ctr-ranker@v9"}, tmp_path / "none")
     # the cache lost it, and no remote has it: told, and no half of a folder is used
     dvc(project, "remote", "modify", "--local", "local", "url", str(tmp_path / "nothing"))
     empty = tmp_path / "cache"
@@ -360,11 +361,8 @@ def test_other_bytes_than_the_champions_are_refused(project, monkeypatch, tmp_pa
     kept = settings.read_text()
     try:
         dvc(project, "cache", "dir", "--local", str(empty))
-        with (
-            pytest.raises(ValueError, match=r"champion v0\.0\.1: .*dvc fetch --all-tags"),
-            champion.checkpoint(current),
-        ):
-            pass
+        with pytest.raises(ValueError, match=r"champion v0\.0\.1: .*dvc fetch --all-tags"):
+            fetch(champion, tmp_path / "lost")
     finally:
         settings.write_text(kept)
     shutil.rmtree(empty, ignore_errors=True)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
+from components.common.artifacts import write_json
 from components.common.config import load
 from components.common.splits import SplitConfig
 from components.data import ingest, validate
@@ -70,8 +71,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     params = PROJECT / "params.yaml"
     made = Folders(tmp_path_factory.mktemp("tabular"))
     raw, evaluations, checkpoints = (made.root / name for name in ("raw", "evaluate", "checkpoints"))
-    champion, decision, built = made.root / "champion.json", made.root / "decision.json", made.root / "package"
-    champion.write_text('{"version": null}')
+    champion, decision, built = made.root / "champion", made.root / "decision.json", made.root / "package"
+    write_json(champion / "champion.json", {"version": None})
     raw.mkdir()
     for part in ROWS:
         csv.write_csv(tabular(part), raw / f"{part}.csv")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from components.common.config import load
+from components.common.artifacts import write_json
 from components.common.dataset import UNSEEN, Dataset
 from components.release import evaluate
-from components.release.evaluate import EvaluateConfig
+from components.release.measures import EvaluateConfig, calibration_curve, group_auc, intervals, measure
 from models.checkpoint import Checkpoint, checkpoint_hash, save
 from models.checkpoint import load as load_checkpoint
 from models.families import build
@@ -82,8 +81,8 @@ def checkpoint(tmp_path_factory, data, save_model) -> Path:
 
 @pytest.fixture
 def champion(tmp_path) -> Path:
-    (tmp_path / "champion.json").write_text(json.dumps(NO_CHAMPION))
-    return tmp_path / "champion.json"
+    write_json(tmp_path / "champion/champion.json", NO_CHAMPION)
+    return tmp_path / "champion"
 
 
 def scored(seed: int, rows: int = 600, users: int = 40) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,7 +100,7 @@ def scored(seed: int, rows: int = 600, users: int = 40) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize("seed", range(3))
 def test_measure_is_what_its_words_say(seed) -> None:
     label, score, user = scored(seed)
-    found = evaluate.measure(CONFIG, label, score, user)
+    found = measure(CONFIG, label, score, user)
     clicks, others = score[label == 1].astype(float), score[label == 0].astype(float)
     pairs = (clicks[:, None] > others).mean() + (clicks[:, None] == others).mean() / 2
     assert found["auc"] == pytest.approx(pairs, abs=1e-12)
@@ -123,15 +122,15 @@ def test_users_of_one_class_have_no_auc_of_their_own() -> None:
     label = np.array([1, 1, 0, 0, 1, 0], dtype=np.int8)
     score = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.8], dtype=np.float32)
     user = np.array([1, 1, 2, 2, 3, 3])
-    assert evaluate.group_auc(label, score, user) == 0.5  # user 3 alone, a tie
-    assert evaluate.group_auc(label[:4], score[:4], user[:4]) is None
+    assert group_auc(label, score, user) == 0.5  # user 3 alone, a tie
+    assert group_auc(label[:4], score[:4], user[:4]) is None
 
 
 def test_calibration_is_that_of_equally_filled_bins() -> None:
     label, score, user = scored(5, rows=601)
     order = sorted(range(601), key=lambda row: (score[row], row))
     sizes = [86] * 6 + [85]  # 601 rows in 7 bins
-    curve, error, start = evaluate.calibration_curve(label, score, 7), 0.0, 0
+    curve, error, start = calibration_curve(label, score, 7), 0.0, 0
     for bin_, size in zip(curve.itertuples(), sizes, strict=True):
         rows = order[start : start + size]
         start += size
@@ -139,24 +138,24 @@ def test_calibration_is_that_of_equally_filled_bins() -> None:
         assert bin_.predicted == pytest.approx(np.mean([float(score[row]) for row in rows]), abs=1e-9)
         assert bin_.observed == pytest.approx(np.mean([float(label[row]) for row in rows]), abs=1e-12)
         error += size * abs(bin_.predicted - bin_.observed)
-    found = evaluate.measure(CONFIG, label, score, user)["calibration_error"]
+    found = measure(CONFIG, label, score, user)["calibration_error"]
     assert found == pytest.approx(error / 601, abs=1e-12)
     assert found > 0.05  # these scores are not calibrated
-    assert evaluate.calibration_curve(label[:3], score[:3], 7)["rows"].tolist() == [1, 1, 1]
+    assert calibration_curve(label[:3], score[:3], 7)["rows"].tolist() == [1, 1, 1]
 
 
 def test_a_calibrated_score_has_a_small_calibration_error() -> None:
     rng = np.random.default_rng(0)
     score = rng.beta(2, 5, 40_000).astype(np.float32)
     label = (rng.random(40_000) < score).astype(np.int8)
-    right = evaluate.measure(CONFIG, label, score, np.arange(40_000))["calibration_error"]
-    wrong = evaluate.measure(CONFIG, label, score / 2, np.arange(40_000))["calibration_error"]
+    right = measure(CONFIG, label, score, np.arange(40_000))["calibration_error"]
+    wrong = measure(CONFIG, label, score / 2, np.arange(40_000))["calibration_error"]
     assert right < 0.01
     assert wrong == pytest.approx(score.mean() / 2, abs=0.01)
 
 
 def test_one_class_alone_has_no_figures_of_ranking() -> None:
-    found = evaluate.measure(CONFIG, np.ones(9, np.int8), np.linspace(0.1, 0.9, 9, dtype=np.float32), np.arange(9))
+    found = measure(CONFIG, np.ones(9, np.int8), np.linspace(0.1, 0.9, 9, dtype=np.float32), np.arange(9))
     assert (found["auc"], found["group_auc"], found["base_logloss"], found["label_rate"]) == (None, None, 0.0, 1.0)
     assert found["logloss"] == pytest.approx(-np.mean(np.log(np.linspace(0.1, 0.9, 9))), abs=1e-6)
 
@@ -182,7 +181,7 @@ def test_the_interval_holds_the_auc_and_shrinks_with_users() -> None:
     widths = []
     for users in (50, 800):
         label, score, user = of_users(1, users)
-        found = evaluate.intervals(config, label, user, auc=score)
+        found = intervals(config, label, user, auc=score)
         assert found["auc_low"] < roc_auc_score(label, score) < found["auc_high"]
         widths.append(width(found))
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.5)  # sqrt(800 / 50)
@@ -190,7 +189,7 @@ def test_the_interval_holds_the_auc_and_shrinks_with_users() -> None:
 
 def test_the_interval_is_that_of_users_and_not_of_rows() -> None:
     label, score, user = of_users(2, 60)
-    found = evaluate.intervals(replace(CONFIG, bootstrap=300), label, user, auc=score)
+    found = intervals(replace(CONFIG, bootstrap=300), label, user, auc=score)
     rng = np.random.default_rng(9)
     rows_of = [np.flatnonzero(user == own) for own in range(60)]
     by_user, by_row = [], []
@@ -202,45 +201,45 @@ def test_the_interval_is_that_of_users_and_not_of_rows() -> None:
     expected = np.quantile(by_user, [0.025, 0.975])
     assert width(found) == pytest.approx(expected[1] - expected[0], rel=0.25)
     assert width(found) > 1.5 * np.diff(np.quantile(by_row, [0.025, 0.975]))[0]
-    again = evaluate.intervals(replace(CONFIG, bootstrap=300), label, user, auc=score)
+    again = intervals(replace(CONFIG, bootstrap=300), label, user, auc=score)
     assert again == found  # the seed is the config's
 
 
 def test_the_difference_of_two_scores_is_measured_on_the_same_users() -> None:
     label, score, user = of_users(3, 60)
     noise = np.random.default_rng(4).normal(size=len(label)).astype("f4")
-    same = evaluate.intervals(CONFIG, label, user, auc=score, minus=score)
+    same = intervals(CONFIG, label, user, auc=score, minus=score)
     assert same == {"auc": 0.0, "auc_low": 0.0, "auc_high": 0.0}
     near = score + 0.02 * noise
-    found = evaluate.intervals(CONFIG, label, user, auc=score, minus=near)
+    found = intervals(CONFIG, label, user, auc=score, minus=near)
     whole = roc_auc_score(label, score) - roc_auc_score(label, near)
     assert found["auc"] == pytest.approx(whole, abs=1e-12)
     assert found["auc_low"] <= whole <= found["auc_high"]
-    assert width(found) < width(evaluate.intervals(CONFIG, label, user, auc=score)) / 4  # the users' noise cancels
+    assert width(found) < width(intervals(CONFIG, label, user, auc=score)) / 4  # the users' noise cancels
 
 
 def test_without_users_rows_are_resampled() -> None:
     """All rows are of user 0: whole resamples of that user would all be alike, an interval of no width."""
     label, score, _ = scored(5, rows=900)
     config, nobody = replace(CONFIG, bootstrap=300), np.zeros(900, np.int64)
-    found = evaluate.intervals(config, label, nobody, auc=score)
-    assert found == evaluate.intervals(config, label, np.arange(900), auc=score)
+    found = intervals(config, label, nobody, auc=score)
+    assert found == intervals(config, label, np.arange(900), auc=score)
     rng = np.random.default_rng(9)
     drawn = [rng.integers(0, 900, 900) for _ in range(300)]
     low, high = np.quantile([roc_auc_score(label[rows], score[rows]) for rows in drawn], [0.025, 0.975])
     assert width(found) == pytest.approx(high - low, rel=0.25)
-    assert evaluate.group_auc(label, score, nobody) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
-    assert evaluate.group_auc(label, score, np.arange(900)) is None
+    assert group_auc(label, score, nobody) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+    assert group_auc(label, score, np.arange(900)) is None
 
 
 def test_too_few_users_for_an_interval_are_told() -> None:
     """One user is drawn away in every third resample, and with it a class in most of the rest."""
     label = np.array([1, 0], dtype=np.int8)
-    found = evaluate.intervals(CONFIG, label, np.array([1, 2]), auc=np.array([0.8, 0.2], dtype="f4"))
+    found = intervals(CONFIG, label, np.array([1, 2]), auc=np.array([0.8, 0.2], dtype="f4"))
     assert found == {"auc_low": 1.0, "auc_high": 1.0}
     one_class = np.array([1, 1], dtype=np.int8)
     with pytest.raises(ValueError, match=r"evaluate\.bootstrap is 40: no resample of 2 users held both classes"):
-        evaluate.intervals(CONFIG, one_class, np.array([1, 2]), auc=np.array([0.8, 0.2], dtype="f4"))
+        intervals(CONFIG, one_class, np.array([1, 2]), auc=np.array([0.8, 0.2], dtype="f4"))
 
 
 # ---- slices -----------------------------------------------------------------------------------------------------
@@ -312,19 +311,10 @@ def test_writes_what_it_measured(dataset, data, raw, checkpoint, champion, tmp_p
     assert error == pytest.approx(test["calibration_error"], abs=1e-9)
 
 
-def test_the_champion_is_measured_on_the_same_rows(
-    dataset, data, checkpoint, champion, save_model, tmp_path, monkeypatch
-) -> None:
-    theirs = save_model(tmp_path / "theirs", data.encoder, data.catalog, "another day's", "sdcnv3", seed=5)
+def test_the_champion_is_measured_on_the_same_rows(dataset, data, checkpoint, champion, save_model, tmp_path) -> None:
+    theirs = save_model(champion / "checkpoint", data.encoder, data.catalog, "another day's", "sdcnv3", seed=5)
     pointer = {"version": "v0.0.7", "revision": "r", "model": "sdcnv3", "checkpoint_sha256": checkpoint_hash(theirs)}
-    champion.write_text(json.dumps(pointer))
-
-    @contextmanager
-    def out_of_dvc(asked: dict[str, Any]) -> Iterator[Path]:  # DVC itself: tests/test_pipeline.py
-        assert asked == pointer
-        yield theirs
-
-    monkeypatch.setattr(evaluate.registry, "checkpoint", out_of_dvc)
+    write_json(champion / "champion.json", pointer)
     found = evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
     expected = evaluate.predict(load_checkpoint(theirs), data, data.splits["test"])
@@ -427,19 +417,14 @@ def test_test_days_of_one_class_are_refused(raw_rows, write_dataset, save_model,
         evaluate.run(CONFIG, "qin", trained, folder, champion, tmp_path / "out")
 
 
-def test_a_pointer_that_is_no_pointer_is_refused(dataset, checkpoint, tmp_path) -> None:
+def test_a_pointer_that_is_no_pointer_is_refused(dataset, checkpoint, champion, tmp_path) -> None:
     for content in (None, "{", "[]", "{}"):
-        if content is not None:
-            (tmp_path / "champion.json").write_text(content)
-        with pytest.raises(ValueError, match=r"champion\.json: .*run `git checkout .*champion\.json`"):
-            evaluate.run(CONFIG, "qin", checkpoint, dataset, tmp_path / "champion.json", tmp_path / "out")
+        (champion / "champion.json").unlink() if content is None else (champion / "champion.json").write_text(content)
+        with pytest.raises(ValueError, match=r"champion\.json: .*run `git checkout champion\.json`"):
+            evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["bootstrap", "calibration_bins", "min_slice_rows"])
 def test_a_bad_value_is_named(key) -> None:
     with pytest.raises(ValueError, match=f"{key} is 1; it must be at least 2"):
         replace(CONFIG, **{key: 1})
-
-
-def test_the_projects_params_fit() -> None:
-    load(Path(__file__).resolve().parents[3] / "params.yaml", "evaluate", EvaluateConfig)

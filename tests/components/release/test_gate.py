@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from components.common.artifacts import write_json
 from components.common.config import load
 from components.release import gate
 from components.release.gate import GateConfig
@@ -37,7 +38,7 @@ class Run:
         self.champion(None)
 
     def champion(self, pointer: dict[str, Any] | None) -> None:
-        (self.root / "champion.json").write_text(json.dumps(pointer or {"version": None}))
+        write_json(self.root / "champion/champion.json", pointer or {"version": None})
 
     def add(self, model: str, champion: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
         folder = self.root / "checkpoints" / model
@@ -65,7 +66,7 @@ class Run:
         root = self.root
         output = root / "decision.json"
         decision = gate.run(
-            config, root / "evaluate", root / "checkpoints", root / "dataset", root / "champion.json", output
+            config, root / "evaluate", root / "checkpoints", root / "dataset", root / "champion", output
         )
         assert json.loads(output.read_text()) == decision
         return decision
@@ -251,15 +252,13 @@ def test_only_the_bytes_on_disk_are_judged(run) -> None:
 def test_another_champion_than_now_is_refused(run) -> None:
     run.add("qin")
     run.champion(POINTER)
-    with pytest.raises(
-        ValueError, match=r"measured against no champion, .*champion\.json names v0\.0\.3; .*evaluate@qin"
-    ):
+    with pytest.raises(ValueError, match=r"measured against no champion, .*champion names v0\.0\.3; .*evaluate@qin"):
         run()
     run.add("qin", champion=measured() | {"version": "v0.0.2"})
-    with pytest.raises(ValueError, match=r"measured against v0\.0\.2, .*champion\.json names v0\.0\.3"):
+    with pytest.raises(ValueError, match=r"measured against v0\.0\.2, .*champion names v0\.0\.3"):
         run()
     run.champion(None)
-    with pytest.raises(ValueError, match=r"measured against v0\.0\.2, .*champion\.json names no champion"):
+    with pytest.raises(ValueError, match=r"measured against v0\.0\.2, .*champion names no champion"):
         run()
 
 

@@ -12,7 +12,8 @@ import pytest
 from gto.api import deregister
 
 from components.common.artifacts import write_json
-from components.release import registry as champion
+from components.release import registry
+from components.training.champion import fetch
 from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash
 
 POINTER, PACKAGE, SMOKE = Path("champion.json"), Path("package"), Path("smoke.json")
@@ -41,7 +42,7 @@ def commit(message: str) -> None:
 
 
 def promote() -> str:
-    return champion.promote(PACKAGE, SMOKE, POINTER)
+    return registry.promote(PACKAGE, SMOKE, POINTER)
 
 
 def tags() -> list[str]:
@@ -71,7 +72,7 @@ def test_one_bento_is_one_version(repository: Path) -> None:
     assert promote() == already  # on the same commit
     commit("v0.0.1 is the champion")
     assert promote() == already  # and on a later one
-    assert champion.rollback("v0.0.1", POINTER) == already
+    assert registry.rollback("v0.0.1", POINTER) == already
     assert tags() == first and POINTER.read_text() == one
 
     built("qin-two", "2")
@@ -80,8 +81,8 @@ def test_one_bento_is_one_version(repository: Path) -> None:
     assert "ctr-ranker v0.0.1 (ctr-ranker:qin-one) is the champion; " in promote()
     assert POINTER.read_text() == one
     assert [tag for tag in tags() if "@" in tag] == ["ctr-ranker@v0.0.1", "ctr-ranker@v0.0.2"]
-    with champion.checkpoint(json.loads(one)) as folder:
-        assert (folder / "model.safetensors").read_text() == "model.safetensors 1"
+    fetch(json.loads(one), repository / "fetched")
+    assert (repository / "fetched/model.safetensors").read_text() == "model.safetensors 1"
 
 
 def test_tags_of_others_are_no_versions(repository: Path) -> None:
@@ -95,11 +96,11 @@ def test_tags_of_others_are_no_versions(repository: Path) -> None:
     git("tag", "ctr-ranker@stable", "ctr-ranker@v0.0.2")  # another name of that tag, with its subject
     assert "ctr-ranker@v0.0.1!" in tags()
     with pytest.raises(ValueError, match=r"no version 'v9\.9\.9' of ctr-ranker; there are v0\.0\.1, v0\.0\.2$"):
-        champion.rollback("v9.9.9", POINTER)
+        registry.rollback("v9.9.9", POINTER)
     assert promote() == "ctr-ranker v0.0.2 (ctr-ranker:qin-two) is the champion already; nothing was done"
     built("qin-three", "3")
     assert "(ctr-ranker:qin-three) is the champion; " in promote()
-    assert "ctr-ranker v0.0.2 (ctr-ranker:qin-two) is the champion; " in champion.rollback("v0.0.2", POINTER)
+    assert "ctr-ranker v0.0.2 (ctr-ranker:qin-two) is the champion; " in registry.rollback("v0.0.2", POINTER)
 
 
 def test_a_promotion_that_was_cut_short_is_finished_by_the_next(
@@ -109,7 +110,7 @@ def test_a_promotion_that_was_cut_short_is_finished_by_the_next(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(champion, "write_json", killed)
+        patch.setattr(registry, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             promote()
     assert json.loads(POINTER.read_text()) == {"version": None}

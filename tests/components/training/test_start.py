@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.common.artifacts import folder_hash, write_json
-from components.release import registry
 from components.training.start import StartConfig, run
 
 FILES = {"config.json": "{}", "model.safetensors": "weights"}
 
 
 @pytest.fixture
-def champion(tmp_path, monkeypatch) -> Path:
-    """champion.json of a qin, whose checkpoint DVC would bring; the tests of the pipeline have DVC bring it."""
-
-    @contextmanager
-    def checkpoint(current: dict[str, Any]) -> Iterator[Path]:
-        folder = tmp_path / "dvc" / current["model"]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in FILES.items():
-            (folder / name).write_text(text + current["version"])
-        yield folder
-
-    monkeypatch.setattr(registry, "checkpoint", checkpoint)
-    point(tmp_path, "v1.0.0", "qin")
-    return tmp_path / "champion.json"
+def champion(tmp_path) -> Path:
+    """An output of the stage `champion`: version v1.0.0, a qin."""
+    fetched(tmp_path / "champion", "v1.0.0", "qin")
+    return tmp_path / "champion"
 
 
-def point(root: Path, version: str | None, model: str | None = None) -> None:
-    write_json(root / "champion.json", {"version": version, "model": model})
+def fetched(folder: Path, version: str, model: str) -> None:
+    write_json(folder / "champion.json", {"version": version, "model": model})
+    (folder / "checkpoint").mkdir(exist_ok=True)
+    for name, text in FILES.items():
+        (folder / "checkpoint" / name).write_text(text + version)
 
 
 def started(champion: Path, **warm: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -59,25 +49,22 @@ def test_a_warm_start_holds_the_champions_checkpoint(champion) -> None:
 def test_a_promotion_changes_what_the_warm_model_of_its_family_starts_from_and_nothing_else(champion) -> None:
     _, cold = started(champion, qin=False, sdcnv3=False)
     _, first = started(champion, qin=True, sdcnv3=True)
-    point(champion.parent, "v1.1.0", "qin")
+    fetched(champion, "v1.1.0", "qin")
     assert started(champion, qin=False, sdcnv3=False)[1] == cold
     _, second = started(champion, qin=True, sdcnv3=True)
     assert second["sdcnv3"] == first["sdcnv3"] == cold["sdcnv3"]
     assert len({cold["qin"], first["qin"], second["qin"]}) == 3
-    point(champion.parent, "v2.0.0", "sdcnv3")
+    fetched(champion, "v2.0.0", "sdcnv3")
     said, third = started(champion, qin=True, sdcnv3=False)
     assert said == {"qin": None, "sdcnv3": None}
     assert third == cold
 
 
-def test_a_cold_start_asks_for_no_champion(champion, monkeypatch) -> None:
-    monkeypatch.setattr(registry, "checkpoint", None)
-    champion.unlink()
-    assert started(champion, qin=False, sdcnv3=False)[0] == {"qin": None, "sdcnv3": None}
-    with pytest.raises(ValueError, match=r"champion\.json"):
-        started(champion, qin=True, sdcnv3=False)
+def test_before_the_first_promotion_every_start_is_cold(tmp_path) -> None:
+    write_json(tmp_path / "champion/champion.json", {"version": None})
+    assert started(tmp_path / "champion", qin=True, sdcnv3=True)[0] == {"qin": None, "sdcnv3": None}
 
 
-def test_before_the_first_promotion_every_start_is_cold(champion) -> None:
-    point(champion.parent, None)
-    assert started(champion, qin=True, sdcnv3=True)[0] == {"qin": None, "sdcnv3": None}
+def test_a_champion_that_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"champion\.json.*git checkout champion\.json"):
+        started(tmp_path / "champion", qin=True)
