@@ -13,15 +13,14 @@ Shapes: those of `models.schema`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from models.schema import PADDING, Batch, Catalog, Feature, Logits, Schema
+from models.schema import PADDING, Batch, Catalog, Feature, Logits, Part, Schema
 
 
 class ImpressionFields(nn.Module):
@@ -130,36 +129,18 @@ def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
     return seen_I.nonzero().squeeze(1), (seen_I.cumsum(0) - 1)[rows_N]
 
 
-_rows_before, _rows_in_all = 0, 0
+def mask_seed() -> int:
+    """The seed of a dropout mask, drawn from torch's generator."""
+    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None))
 
 
-@contextmanager
-def part_of_batch(start: int, rows: int) -> Iterator[None]:
-    """Until it ends, a batch is the rows from `start` on of one of `rows` rows: masks are that part of the whole's.
+def random_bits(x: Tensor, seed: int, first: int) -> Tensor:
+    """int16, shape of x [b, …, D]: 16 random bits for each entry. They depend only on the seed and the entry's place.
 
-    So several processes, each with its part, draw what one process with all rows draws from the same seed.
-    """
-    global _rows_before, _rows_in_all
-    before = _rows_before, _rows_in_all
-    _rows_before, _rows_in_all = start, rows
-    try:
-        yield
-    finally:
-        _rows_before, _rows_in_all = before
-
-
-def mask_seed() -> tuple[int, int]:
-    """The seed of a dropout mask, drawn from torch's generator, and the rows of the batch before this part of it."""
-    return int(torch.empty((), dtype=torch.int64).random_(-(2**63), None)), _rows_before
-
-
-def random_bits(x: Tensor, seed: int, before: int) -> Tensor:
-    """int16, shape of x [b, …, D]: 16 random bits an entry, of which only the seed and the entry's place decide.
-
-    splitmix64, on the CPU: four entries of a last dimension share one number of 64 bits. `before` rows came before x.
+    splitmix64, on the CPU: four entries of the last dimension share one 64-bit number. x starts at row `first`.
     """
     places = prod(x.shape[1:-1]) * (numbers := -(-x.shape[-1] // 4))
-    z = torch.arange(before * places + 1, (before + x.shape[0]) * places + 1)
+    z = torch.arange(first * places + 1, (first + x.shape[0]) * places + 1)
     z.mul_(_int64(0x9E3779B97F4A7C15)).add_(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z.bitwise_xor_((z >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(_int64(factor))
@@ -168,33 +149,35 @@ def random_bits(x: Tensor, seed: int, before: int) -> Tensor:
 
 
 def _int64(number: int) -> int:
-    """Of the same 64 bits."""
+    """The signed integer with the same 64 bits."""
     return number - 2**64 if number >= 2**63 else number
 
 
 def dropped_of(rate: float) -> int:
-    """Below how much of 2¹⁵ the lower 15 bits drop an entry: dropout rates are rounded to 1/32768 on a CPU."""
+    """The rate in units of 1/32768: on a CPU, an entry is dropped if its lower 15 random bits are below this."""
     return min(round(rate * 2**15), 2**15 - 1)
 
 
-def keep_mask(x: Tensor, rate: float) -> Tensor:
+def keep_mask(x: Tensor, rate: float, part: Part | None) -> Tensor:
     """Shape (rows first) and dtype of x: 0 with probability `rate`, else 1 / (1 − rate).
 
-    On a CPU from `random_bits`: torch's own dropout draws one number an entry and is the slowest step of a network.
+    `part` is the batch's: processes that share a batch draw, from the same seed, the rows of the mask of the whole.
+
+    On a CPU from `random_bits`: torch's own dropout draws one number per entry and is the slowest step of a network.
     """
+    first, rows = (0, x.shape[0]) if part is None else part
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        shape = (_rows_in_all or x.shape[0], *x.shape[1:])
-        own = slice(_rows_before, _rows_before + x.shape[0])
-        return x.new_empty(shape).bernoulli_(1 - rate)[own].div_(1 - rate)
+        whole = x.new_empty((rows, *x.shape[1:])).bernoulli_(1 - rate)
+        return whole[first : first + x.shape[0]].div_(1 - rate)
     dropped = dropped_of(rate)
-    # From 0 on, the difference's sign bit spreads to 0 where it is dropped, else to -1.
-    minus_kept = (dropped - 1 - random_bits(x, *mask_seed()).bitwise_and(2**15 - 1)).bitwise_right_shift_(15)
+    # The sign bit of the difference, shifted through, gives 0 where the entry is dropped and -1 elsewhere.
+    minus_kept = (dropped - 1 - random_bits(x, mask_seed(), first).bitwise_and(2**15 - 1)).bitwise_right_shift_(15)
     return minus_kept.to(x.dtype).mul_(-(2**15) / (2**15 - dropped))
 
 
-def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-    """x ⊙ keep_mask; x itself unless training."""
-    return x * keep_mask(x, rate) if training and rate > 0 else x
+def dropout(x: Tensor, rate: float, training: bool, part: Part | None) -> Tensor:
+    """x ⊙ keep_mask; x itself unless training. `part` is the batch's."""
+    return x * keep_mask(x, rate, part) if training and rate > 0 else x
 
 
 def initialise(model: nn.Module) -> None:

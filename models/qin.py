@@ -20,8 +20,6 @@ Shapes: those of `models.schema`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F  # noqa: N812
 
+from models.kernels import choice
 from models.layers import (
     ImpressionFields,
     ItemTower,
@@ -43,7 +42,7 @@ from models.layers import (
     require_rate,
 )
 from models.losses import bce
-from models.schema import PADDING, Batch, Catalog, Logits, Schema, history_rows
+from models.schema import PADDING, Batch, Catalog, Logits, Part, Schema, history_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,26 +111,19 @@ def _scores(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor) -> Tensor:
 
 
 def gathered_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
-    """What PointerPool computes, from gathered rows: for devices other than CPUs that have no Triton."""
+    """What PointerPool computes, from gathered rows: the plain form off the CPU."""
     hist_BLM = item_UM[index_BL]
     weight_B1L = torch.bmm(q_BM[:, None], hist_BLM.transpose(1, 2)).relu().masked_fill(~real_BL[:, None], 0)
     return torch.bmm(weight_B1L, hist_BLM).squeeze(1)
 
 
-def _device_pool() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """What pools off the CPU: the kernels in pointer_pool.py where there are CUDA and Triton, else `gathered_pool`.
+def device_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
+    """What PointerPool computes, off the CPU: by Triton where it can run, else `gathered_pool`."""
+    if choice.runs("pointer_pool", item_UM.device.type) == "triton":
+        from models.kernels.pointer_pool import pointer_pool  # a server on a CPU does not load Triton
 
-    Importing Triton takes time, which a server without a GPU is spared whatever its torch was built for.
-    """
-    if torch.version.cuda is not None and torch.cuda.is_available():
-        with suppress(ImportError):
-            from models.kernels.pointer_pool import pointer_pool
-
-            return pointer_pool
-    return gathered_pool
-
-
-device_pool = _device_pool()
+        return pointer_pool(q_BM, item_UM, index_BL, real_BL)
+    return gathered_pool(q_BM, item_UM, index_BL, real_BL)
 
 
 class SparseTargetAttention(nn.Module):
@@ -166,13 +158,14 @@ class QuadraticLayer(nn.Module):
         self.norm = nn.BatchNorm1d(width)
         self.activation = nn.PReLU()
 
-    def forward(self, x_BD: Tensor) -> Tensor:
+    def forward(self, x_BD: Tensor, part: Part | None) -> Tensor:
+        """The next x_BD; `part` is the batch's, for dropout."""
         if self.training and self.dropout > 0:
-            h_BD = dropout(self.project(x_BD), self.dropout, True).unflatten(1, (self.rows, -1)).sum(1)
+            h_BD = dropout(self.project(x_BD), self.dropout, True, part).unflatten(1, (self.rows, -1)).sum(1)
         else:
             h_BD = F.linear(x_BD, *self._summed_rows())
         z_BD = self.activation(self.norm(x_BD * h_BD))
-        return dropout(z_BD, self.dropout, self.training) + x_BD
+        return dropout(z_BD, self.dropout, self.training, part) + x_BD
 
     def folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weight D × D, bias, shift, slope) of the eval-mode layer x + PReLU(x ⊙ (weight x + bias) + shift)."""
@@ -203,7 +196,7 @@ class QIN(Ranker):
         if schema.history_length > 0 and item_width > 0:
             self.attention = SparseTargetAttention(item_width, config.attention_dim)
             width += item_width
-        self.layers = nn.Sequential(*(QuadraticLayer(width, config.rows, config.dropout) for _ in range(config.layers)))
+        self.layers = nn.ModuleList(QuadraticLayer(width, config.rows, config.dropout) for _ in range(config.layers))
         self.out = nn.Linear(width, 1)
         initialise(self)
 
@@ -219,7 +212,10 @@ class QIN(Ranker):
             index_B, index_BL = index_N.split((batch.item_B.numel(), hist_BL.numel()))
             target_BM = item_UM.index_select(0, index_B)
             parts += [target_BM, self.attention(target_BM, item_UM, index_BL.view(hist_BL.shape), hist_BL != PADDING)]
-        return Logits(self.out(self.layers(torch.cat(parts, 1))).squeeze(1))
+        x_BD = torch.cat(parts, 1)
+        for layer in self.layers:
+            x_BD = layer(x_BD, batch.part)
+        return Logits(self.out(x_BD).squeeze(1))
 
     def loss(self, logits: Logits, label_B: Tensor) -> Tensor:
         return bce(logits, label_B)

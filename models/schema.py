@@ -222,6 +222,13 @@ class Encoder:
         return lookup(self.integers[name], raw).masked_fill(missing, PADDING)
 
 
+class Part(NamedTuple):
+    """The place of a batch in a larger one that several processes share: its first row there, and all rows there."""
+
+    first: int
+    rows: int
+
+
 class Batch(NamedTuple):
     """One batch. Catalog rows and click-log positions are int; labels float32 in {0, 1}.
 
@@ -229,6 +236,7 @@ class Batch(NamedTuple):
     item_B      the candidate's catalog row
     start_B, end_B   the history is clicks_C[start:end], oldest first, at most L long
     label_B     None when scoring
+    part        None where the batch is not a part of a larger one. Dropout reads it
     """
 
     fields_BF: Tensor
@@ -236,6 +244,7 @@ class Batch(NamedTuple):
     start_B: Tensor
     end_B: Tensor
     label_B: Tensor | None = None
+    part: Part | None = None
 
 
 class Logits(NamedTuple):

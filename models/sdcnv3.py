@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.kernels.cross_step import CrossStep, kernels
+from models.kernels import choice
+from models.kernels.cross_step import CrossStep
 from models.layers import (
     ImpressionFields,
     ItemTower,
@@ -44,7 +45,7 @@ from models.layers import (
     require_rate,
 )
 from models.losses import bce, tri_bce
-from models.schema import PADDING, Batch, Catalog, Logits, Schema, history_rows
+from models.schema import PADDING, Batch, Catalog, Logits, Part, Schema, history_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def cross_step(
 ) -> Tensor:
     """x ← keep ⊙ (y ⊙ g + x), g = [c ‖ c ⊙ ReLU(LayerNorm c)] + b;  y is x_1, or x where `first` is None.
 
-    `keep` is a dropout mask or None. Training on a CPU runs the same in C (`models.kernels.cross_step`).
+    `keep` is a dropout mask or None. Training on a CPU runs the same function in C (`models.kernels.cross_step`).
     """
     normal_BHK = c_BHK if norm is None else norm(c_BHK)
     gate_BHD = torch.cat((c_BHK, c_BHK * normal_BHK.relu()), -1) + bias_D
@@ -109,16 +110,20 @@ class CrossLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(width // 2) if config.layer_norm else None
         self.bias = nn.Parameter(torch.rand(width))
 
-    def forward(self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float) -> Tensor:
-        """The next x_BHD, its numbers dropped at this rate."""
+    def forward(
+        self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float, part: Part | None
+    ) -> Tensor:
+        """The next x_BHD, with dropout at this rate; `part` is the batch's."""
         projected_BHK = projected_BHK.to(x_BHD.dtype)  # autocast gives projections in bfloat16
         eager = x_BHD.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.training and eager and self.layer_norm is not None and kernels(x_BHD.dtype) is not None:
-            return self.in_c(projected_BHK, x_BHD, first_BHD, rate)
-        keep_BHD = keep_mask(x_BHD, rate) if rate else None
+        if self.training and eager and self.layer_norm is not None and choice.runs("cross_step", x_BHD.dtype) == "c":
+            return self.in_c(projected_BHK, x_BHD, first_BHD, rate, part)
+        keep_BHD = keep_mask(x_BHD, rate, part) if rate else None
         return cross_step(self.batch_norm(projected_BHK), x_BHD, first_BHD, self.bias, self.layer_norm, keep_BHD)
 
-    def in_c(self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float) -> Tensor:
+    def in_c(
+        self, projected_BHK: Tensor, x_BHD: Tensor, first_BHD: Tensor | None, rate: float, part: Part | None
+    ) -> Tensor:
         norm, layer_norm = self.batch_norm, self.layer_norm
         assert layer_norm is not None
         of_norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
@@ -127,7 +132,7 @@ class CrossLayer(nn.Module):
         else:  # none, one of all processes' rows, or one that is not trained
             projected_BHK = norm(projected_BHK)
         of_gate = self.bias, layer_norm.weight, layer_norm.bias, layer_norm.eps
-        mask = (rate, *mask_seed()) if rate else (0.0, 0, 0)
+        mask = (rate, mask_seed(), 0 if part is None else part.first) if rate else (0.0, 0, 0)
         out_BHD, mean_H, var_H = CrossStep.apply(projected_BHK, x_BHD, first_BHD, *of_norm, *of_gate, *mask)
         if own:
             follow(norm, mean_H, var_H, projected_BHK.numel() // len(mean_H))
@@ -159,12 +164,12 @@ class CrossTower(nn.Module):
     def first_weight(self) -> Tensor:
         return self.projections[0].get_parameter("weight")
 
-    def forward(self, first_BHD: Tensor, projected_BHK: Tensor) -> Tensor:
+    def forward(self, first_BHD: Tensor, projected_BHK: Tensor, part: Part | None) -> Tensor:
         """Logits [B], from x_1 and the first layer's W x_1, which the model computes for all towers at once."""
         x_BHD, rate = first_BHD, self.dropout if self.training else 0.0
         for i, (project, gate) in enumerate(zip(self.projections, self.gates, strict=True)):
             projected_BHK = projected_BHK if i == 0 else project(x_BHD)
-            x_BHD = gate(projected_BHK, x_BHD, None if self.deep else first_BHD, rate)
+            x_BHD = gate(projected_BHK, x_BHD, None if self.deep else first_BHD, rate, part)
         return self.out(x_BHD).squeeze(2).mean(1)
 
 
@@ -199,18 +204,18 @@ class SDCNv3(Ranker):
             fields += F.embedding(index_B, items_UE).chunk(len(self.items), 1)
         if self.history_length > 0:
             fields += self.history(history_rows(clicks_C, batch.start_B, batch.end_B, self.history_length), catalog)
-        return self.cross(torch.stack(fields, 1))
+        return self.cross(torch.stack(fields, 1), batch.part)
 
-    def cross(self, fields_BFE: Tensor) -> Logits:
-        """The towers on F' fields, each E = d·H wide."""
+    def cross(self, fields_BFE: Tensor, part: Part | None = None) -> Logits:
+        """The towers on F' fields, each E = d·H wide; `part` is the batch's, for dropout."""
         # [B, F', H, 2, d/2] -> [B, H, 2, F', d/2]: in each head all first halves, then all second halves
         split = fields_BFE.unflatten(2, (self.config.heads, 2, self.config.dim // 2))
         x_BHD = split.permute(0, 2, 3, 1, 4).flatten(2).to(self.deep.first_weight.dtype)  # products may be bfloat16
         if self.shallow is None:
-            return Logits(self.deep(x_BHD, F.linear(x_BHD, self.deep.first_weight)))
+            return Logits(self.deep(x_BHD, F.linear(x_BHD, self.deep.first_weight), part))
         both_weights = torch.cat((self.deep.first_weight, self.shallow.first_weight))
         deep_BHK, shallow_BHK = F.linear(x_BHD, both_weights).chunk(2, -1)
-        deep_B, shallow_B = self.deep(x_BHD, deep_BHK), self.shallow(x_BHD, shallow_BHK)
+        deep_B, shallow_B = self.deep(x_BHD, deep_BHK, part), self.shallow(x_BHD, shallow_BHK, part)
         return Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B))
 
     def loss(self, logits: Logits, label_B: Tensor) -> Tensor:

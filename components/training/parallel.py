@@ -3,7 +3,7 @@
     loss        of the whole batch on every rank: logits are gathered, and gradients flow into the rank's own
     BatchNorm   mean and variance of the whole batch
     gradients   summed over ranks, so that clipping and Adam do the same everywhere
-    dropout     every rank draws the masks of the whole batch and takes its rows' (`models.layers.part_of_batch`)
+    dropout     every rank draws the masks of the whole batch and takes its rows' (`models.schema.Part`)
 
 N processes differ from one by the order of float sums alone. Without torchrun nothing here does a thing. Gloo on CPUs,
 NCCL on GPUs; what the host has to agree on (to stop) always goes through Gloo, so that no step waits for a GPU.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from components.common.dataset import Dataset
 from components.training.config import TrainConfig
 from components.training.parallel import Ranks
 from components.training.state import State
-from models.layers import Ranker, part_of_batch
-from models.schema import Logits
+from models.layers import Ranker
+from models.schema import Logits, Part
 
 INDUCTOR = Path(".scratch/inductor")  # what torch.compile made, kept for the next run
 WARM_STEPS = 3  # before a step is recorded
@@ -103,11 +102,10 @@ class Step:
 
     def loss(self, fetched: list[Tensor], rows: int) -> Tensor:
         """The loss of the whole batch, on every rank."""
-        batch = self.data.arranged(fetched)
+        batch = self.data.arranged(fetched)._replace(part=Part(self.ranks.share(rows).start, rows))
         assert batch.label_B is not None
         half = torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        part = part_of_batch(self.ranks.share(rows).start, rows) if self.ranks.size > 1 else nullcontext()
-        with half, part:
+        with half:
             logits = self.state.model(batch, self.data.catalog, self.data.click_log)
         logits = Logits(logits.logit_B.float(), tuple(part_B.float() for part_B in logits.parts_B))
         return self.state.model.loss(*self.ranks.gather(logits, batch.label_B, rows))

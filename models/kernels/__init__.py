@@ -1,1 +1,1 @@
-"""Hand-written kernels behind the models: what they compute is written in the model files too."""
+"""Hand-written kernels behind the models. The model files have the same functions in plain torch."""

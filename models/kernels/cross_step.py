@@ -1,7 +1,7 @@
 """SDCNv3's cross step in C, for training on a CPU: one pass over memory where torch operations take twenty.
 
-cross_step.c is compiled when it is first needed, which takes a second, and the library's file is gone at once. Where
-there is no C compiler (`cc`), `kernels` is None and the plain form in sdcnv3.py does the same.
+cross_step.c is compiled when it is first needed, which takes a second. The library's file is deleted once it is loaded.
+The plain form in sdcnv3.py computes the same; `models.kernels.choice` decides which of the two runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -25,31 +24,39 @@ from torch.autograd.function import once_differentiable
 from models.layers import dropped_of
 
 SOURCE = Path(__file__).with_suffix(".c")
-# What of -ffast-math lets sums be vectorised; all of it would have infinities and NaN taken for numbers.
+# The parts of -ffast-math that let sums be vectorised. The rest of it would assume that there is no infinity or NaN.
 FLAGS = (
     *("-O3", "-march=native", "-fno-strict-aliasing"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 REALS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
-ROWS_A_THREAD = 1024  # less is not worth a thread
+ROWS_A_THREAD = 1024  # fewer are not worth a thread
+
+
+class UnavailableError(RuntimeError):
+    """cross_step.c cannot run here; the text says why."""
 
 
 @cache
-def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """cross_step.c's functions for float32 or float64; None where they cannot be had."""
-    if dtype not in REALS or (compiler := shutil.which("cc")) is None:
-        return None
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """cross_step.c's functions, compiled for float32 or float64. Raises UnavailableError."""
+    if dtype not in REALS:
+        raise UnavailableError(f"it is written for {' and '.join(map(str, REALS))}")
+    if (compiler := shutil.which("cc")) is None:
+        raise UnavailableError("there is no C compiler `cc` on PATH; install gcc or clang")
     name, real = REALS[dtype]
     with tempfile.TemporaryDirectory(prefix="clickloop-") as folder:
-        library = Path(folder) / "cross_step.so"
-        command = [compiler, *FLAGS, f"-Dreal={name}", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-lm"]
+        file = Path(folder) / "cross_step.so"
+        command = [compiler, *FLAGS, f"-Dreal={name}", "-shared", "-fPIC", str(SOURCE), "-o", str(file), "-lm"]
         try:
             subprocess.run(command, capture_output=True, text=True, check=True)
-            found = ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError) as error:  # the first: of a folder that nothing may run from
-            said = getattr(error, "stderr", "")
-            warnings.warn(f"SDCNv3 trains slower, {SOURCE.name} not being compiled: {error} {said}", stacklevel=2)
-            return None
+            found = ctypes.CDLL(str(file))
+        except subprocess.CalledProcessError as error:
+            raise UnavailableError(
+                f"{compiler} failed with exit code {error.returncode}: {error.stderr.strip()}"
+            ) from None
+        except OSError as error:  # for example, the folder for temporary files is mounted with noexec
+            raise UnavailableError(f"the compiled library does not load: {error}") from None
     sizes, array = [ctypes.c_long] * 4, ctypes.c_void_p
     # p, x, y; mean, factor, shift; bias, w, s; eps; seed, before, dropped, scale
     common: list[Any] = [*sizes, *[array] * 9, real, ctypes.c_uint64, ctypes.c_long, ctypes.c_int, real]
@@ -61,12 +68,12 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 class CrossStep(torch.autograd.Function):
-    """Batch normalisation and `sdcnv3.cross_step` in one, on the CPU, in a dtype that has `kernels`.
+    """Batch normalisation and `sdcnv3.cross_step` in one, on the CPU, in a dtype that has a `library`.
 
     p, x, first           W x, the running x and, in the shallow tower, x_1
     scale, offset         the batch normalisation's, [H]; None normalises nothing
     bias, weight, shift   the gate's, and the LayerNorm's two
-    rate, seed, before    dropout's, the seed of its `layers.random_bits`, and the rows of the batch before this part
+    rate, seed, first_row   of dropout: the rate, the seed of `layers.random_bits`, the first row's place in the batch
 
     Returns the next x, and the batch's mean and variance of p by head, float64.
     """
@@ -86,7 +93,7 @@ class CrossStep(torch.autograd.Function):
         layer_eps: float,
         rate: float,
         seed: int,
-        before: int,
+        first_row: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         p_BHK, x_BHD = p_BHK.contiguous(), x_BHD.contiguous()
         first_BHD = None if first_BHD is None else first_BHD.contiguous()
@@ -104,7 +111,7 @@ class CrossStep(torch.autograd.Function):
         read = p_BHK, x_BHD, first_BHD, mean_H, factor_H, level_H, bias_D, weight_K, shift_K
         ctx.save_for_backward(*read, var_H)
         dropped = dropped_of(rate)
-        mask = seed % 2**64, before * len(mean_H), dropped, 2**15 / (2**15 - dropped)
+        mask = seed % 2**64, first_row * len(mean_H), dropped, 2**15 / (2**15 - dropped)
         ctx.settings = (layer_eps, *mask), None if scale_H is None else batch_eps
         ctx.mark_non_differentiable(mean_H, var_H)
         out_BHD = torch.empty_like(x_BHD)
@@ -140,7 +147,7 @@ def _moment(p_BHK: Tensor, power: int, mean_H: Tensor) -> Tensor:
 
 
 def _parts(p_BHK: Tensor) -> list[tuple[int, int]]:
-    """(first row, rows) for each of torch's threads, fewer where there is little to do."""
+    """(first row, rows) for each of torch's threads; fewer parts if there are few rows."""
     rows = p_BHK.shape[0] * p_BHK.shape[1]
     count = max(1, min(torch.get_num_threads(), rows // ROWS_A_THREAD))
     bounds = [rows * i // count for i in range(count + 1)]
@@ -148,8 +155,12 @@ def _parts(p_BHK: Tensor) -> list[tuple[int, int]]:
 
 
 def _run(name: str, p_BHK: Tensor, *arguments: Tensor | float | None) -> None:
-    """Call a kernel on each part of the rows: [B, H, …] from its first row on, [parts, …] from its own, [n] whole."""
-    kernel = getattr(kernels(p_BHK.dtype), name)
+    """Call a function of the library on each part of the rows.
+
+    A part gets an array [B, H, …] from the part's first row on, an array [parts, …] from its own row on, and an array
+    [n] whole.
+    """
+    function = getattr(library(p_BHK.dtype), name)
 
     def part(index: int, start: int, rows: int) -> None:
         def there(argument: Tensor | float | None) -> float | None:
@@ -158,9 +169,9 @@ def _run(name: str, p_BHK: Tensor, *arguments: Tensor | float | None) -> None:
             row = {1: 0, 2: index, 3: start}[argument.dim()]
             return argument.data_ptr() + row * argument.shape[-1] * argument.element_size()
 
-        kernel(start, rows, *p_BHK.shape[1:], *map(there, arguments))
+        function(start, rows, *p_BHK.shape[1:], *map(there, arguments))
 
-    mine, *others = enumerate(_parts(p_BHK))  # a call into C lets the other threads of Python run
+    mine, *others = enumerate(_parts(p_BHK))  # a call into C releases Python's lock, so the threads run at once
     waiting = [_threads(len(others)).submit(part, index, *rows) for index, rows in others]
     part(mine[0], *mine[1])
     for other in waiting:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from models.families import PRESETS, TRAINING, build
-from models.schema import Feature, Schema
+from models.families import FAMILIES, PRESETS, TRAINING, build
+from models.schema import Batch, Feature, Part, Schema
 
 
 def test_build_refuses_unknown_keys_and_families(make_world):
@@ -15,6 +16,32 @@ def test_build_refuses_unknown_keys_and_families(make_world):
         build("sdcnv3", {"rows": 4}, schema)
     with pytest.raises(ValueError, match="family = 'QIN'"):
         build("QIN", {}, schema)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_parts_of_a_batch_draw_the_dropout_of_the_whole(make_world, shaken, family, compiled):
+    world = make_world(rows=12)
+    model = build(family, {"dim": 4}, world.schema).double()
+    shaken(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()  # a row's logit then depends on its own row alone
+
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager", dynamic=False) if compiled else model
+
+    def logits(rows: slice, part: Part | None) -> torch.Tensor:
+        batch = Batch(*(column[rows] for column in world.batch[:-1]), part=part)
+        torch.manual_seed(1)
+        return forward(batch, world.catalog, world.clicks_C).logit_B
+
+    whole_B = logits(slice(0, 12), None)
+    assert torch.equal(logits(slice(0, 12), Part(0, 12)), whole_B)
+    for rows in (slice(0, 5), slice(5, 12)):
+        torch.testing.assert_close(logits(rows, Part(rows.start, 12)), whole_B[rows], rtol=1e-9, atol=1e-9)
+    alone_B = logits(slice(5, 12), None)
+    assert not torch.allclose(alone_B, whole_B[5:])
 
 
 def impressions(**sizes: int) -> list[Feature]:

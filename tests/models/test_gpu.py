@@ -7,6 +7,7 @@ import torch
 
 from models.families import build
 from models.layers import distinct_rows, keep_mask
+from models.schema import Batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +27,7 @@ def test_gives_the_logits_and_gradients_of_the_cpu(make_world, shaken, family, r
         shaken(model)
         model.to(device)
         forward = torch.compile(model) if compiled and device == "cuda" else model
-        batch = type(world.batch)(*(column.to(device) for column in world.batch))
+        batch = Batch(*(column if column is None else column.to(device) for column in world.batch))
         logits = forward(batch, world.catalog.to(device), world.clicks_C.to(device))
         model.loss(logits, batch.label_B).backward()
         found.append((logits.logit_B.detach().cpu(), [p.grad.cpu() for p in model.parameters() if p.grad is not None]))
@@ -41,6 +42,6 @@ def test_rows_are_found_without_waiting_for_the_device():
 
 
 def test_drops_at_its_rate():
-    mask = keep_mask(torch.zeros(1000, 1000, device="cuda"), 0.3)
+    mask = keep_mask(torch.zeros(1000, 1000, device="cuda"), 0.3, None)
     assert (mask == 0).double().mean().item() == pytest.approx(0.3, abs=0.003)
     assert mask.mean().item() == pytest.approx(1.0, abs=0.005)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.layers import dropout, keep_mask, part_of_batch
+from models.layers import dropout, keep_mask
+from models.schema import Part
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_drops_at_its_rate_and_keeps_the_mean(rate, dtype):
     torch.manual_seed(0)
-    mask = keep_mask(torch.zeros(1000, 1000, dtype=dtype), rate).double()
+    mask = keep_mask(torch.zeros(1000, 1000, dtype=dtype), rate, None).double()
     kept = mask > 0
     assert (~kept).double().mean().item() == pytest.approx(rate, abs=0.002)  # four standard deviations
     scale = mask[kept].unique()
@@ -28,44 +29,29 @@ def test_drops_at_its_rate_and_keeps_the_mean(rate, dtype):
 def test_a_seed_replays_the_mask_whatever_the_shape(shape):
     x = torch.randn(shape)
     torch.manual_seed(1)
-    first = dropout(x, 0.4, True)
+    first = dropout(x, 0.4, True, None)
     torch.manual_seed(1)
-    assert torch.equal(dropout(x, 0.4, True), first)
+    assert torch.equal(dropout(x, 0.4, True, None), first)
     assert first.shape == x.shape
 
 
 def test_parts_of_a_batch_get_their_rows_of_the_whole_mask():
     x = torch.zeros(7, 3, 5)
     torch.manual_seed(1)
-    whole = keep_mask(x, 0.4)
+    whole = keep_mask(x, 0.4, None)
     for start, end in ((0, 7), (0, 3), (3, 7), (6, 7), (4, 4)):
         torch.manual_seed(1)
-        with part_of_batch(start, 7):
-            assert torch.equal(keep_mask(x[start:end], 0.4), whole[start:end])
-    torch.manual_seed(1)
-    assert torch.equal(keep_mask(x, 0.4), whole)
-
-
-def test_a_part_within_a_part_gives_back_what_was_before():
-    x = torch.zeros(2, 5)
-    torch.manual_seed(1)
-    with part_of_batch(3, 7):
-        wanted = keep_mask(x, 0.4)
-    torch.manual_seed(1)
-    with part_of_batch(3, 7):
-        with part_of_batch(0, 2):
-            pass
-        assert torch.equal(keep_mask(x, 0.4), wanted)
+        assert torch.equal(keep_mask(x[start:end], 0.4, Part(start, 7)), whole[start:end])
 
 
 def test_does_nothing_in_eval_mode_or_at_rate_zero():
     x = torch.randn(5)
-    assert dropout(x, 0.4, False) is x
-    assert dropout(x, 0.0, True) is x
+    assert dropout(x, 0.4, False, None) is x
+    assert dropout(x, 0.0, True, None) is x
 
 
 def test_a_rate_beside_one_keeps_an_entry_in_32768():
     torch.manual_seed(0)
-    mask = keep_mask(torch.zeros(1000, 1000), 0.99999)
+    mask = keep_mask(torch.zeros(1000, 1000), 0.99999, None)
     assert 10 < (mask > 0).sum() < 60
     assert mask.max() == 2**15

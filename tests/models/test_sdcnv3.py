@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from models import sdcnv3
+from models.kernels import choice
 from models.layers import dropout
 from models.schema import Feature, Schema
 from models.sdcnv3 import SDCNv3, SDCNv3Config
@@ -40,7 +42,7 @@ def compare(world, config, shaken, *, training, dtype=torch.float64, tolerance=1
     state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
     torch.manual_seed(seed)
     deep_B, shallow_B = published_sdcnv3(
-        state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=dropout
+        state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=partial(dropout, part=None)
     )
     torch.manual_seed(seed)
     logits = model(*inputs)
@@ -93,8 +95,8 @@ def test_equals_the_published_form_on_every_kind_of_schema(make_world, shaken, o
 @pytest.mark.parametrize("path", ["evaluation", "training", "training without C"])
 def test_equals_the_published_form_in_float32(make_world, shaken, monkeypatch, path):
     if path == "training without C":
-        monkeypatch.setattr(sdcnv3, "kernels", lambda dtype: None)
-    elif path == "training" and sdcnv3.kernels(torch.float32) is None:
+        monkeypatch.setattr(choice, "runs", lambda kernel, kind: "torch")
+    elif path == "training" and choice.runs("cross_step", torch.float32) == "torch":
         pytest.skip("no C compiler here")
     world, training = make_world(rows=40, dtype=torch.float32), path != "evaluation"
     compare(world, SDCNv3Config(**SMALL), shaken, training=training, dtype=torch.float32, tolerance=1e-5)

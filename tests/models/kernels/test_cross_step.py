@@ -6,15 +6,13 @@ import os
 import shutil
 import signal
 import time
-import warnings
 
 import pytest
 import torch
 
 from models import sdcnv3
-from models.kernels import cross_step
-from models.kernels.cross_step import kernels
-from models.layers import part_of_batch
+from models.kernels import choice, cross_step
+from models.schema import Part
 from models.sdcnv3 import CrossLayer, SDCNv3Config
 
 
@@ -22,7 +20,7 @@ from models.sdcnv3 import CrossLayer, SDCNv3Config
 def compiler():
     if shutil.which("cc") is None:
         pytest.skip("no C compiler here")
-    assert kernels(torch.float32) is not None
+    assert choice.runs("cross_step", torch.float32) == "c"
 
 
 @pytest.fixture
@@ -44,11 +42,11 @@ def layer(heads=1, half=5, dtype=torch.float64, **norms):
 def step(made, inputs, rate, monkeypatch=None):
     """Output, every gradient and the running figures; with `monkeypatch` by the torch form."""
     if monkeypatch is not None:
-        monkeypatch.setattr(sdcnv3, "kernels", lambda dtype: None)
+        monkeypatch.setattr(choice, "runs", lambda kernel, kind: "torch")
     leaves = [None if t is None else t.clone().requires_grad_() for t in inputs]
     made.zero_grad()
     torch.manual_seed(2)
-    out = made(*leaves, rate)
+    out = made(*leaves, rate, None)
     (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     if monkeypatch is not None:
         monkeypatch.undo()
@@ -95,12 +93,12 @@ def test_a_part_of_a_batch_gets_its_rows_of_the_mask():
     p_BHK, x_BHD, _ = world(7, 2, 3, deep=True)
     made = layer(2, 3, batch_norm=False)
     torch.manual_seed(3)
-    whole = made(p_BHK, x_BHD, None, 0.5)
+    whole = made(p_BHK, x_BHD, None, 0.5, None)
     assert (whole == 0).any() and (whole != 0).any()
     for start, end in ((0, 3), (3, 7)):
         torch.manual_seed(3)
-        with part_of_batch(start, 7):
-            assert torch.equal(made(p_BHK[start:end], x_BHD[start:end], None, 0.5), whole[start:end])
+        part = made(p_BHK[start:end], x_BHD[start:end], None, 0.5, Part(start, 7))
+        assert torch.equal(part, whole[start:end])
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
@@ -108,7 +106,7 @@ def test_a_part_of_a_batch_gets_its_rows_of_the_mask():
 def test_what_is_no_number_stays_none(which, wrong):
     inputs = [t for t in world(4, 1, 3, deep=True) if t is not None]
     inputs[which][2, 0, 1] = wrong
-    out = layer(half=3, batch_norm=False)(*inputs, None, 0.0)
+    out = layer(half=3, batch_norm=False)(*inputs, None, 0.0, None)
     assert not out[2].isfinite().all()
     assert out[[0, 1, 3]].isfinite().all()
 
@@ -126,27 +124,27 @@ def test_bfloat16_products_alone_are_taken_in_float32(make_world, shaken, monkey
             logits = model(world.batch, world.catalog, world.clicks_C)
         model.loss(logits, world.batch.label_B).backward()
         found.append((logits.logit_B, model.items.project.weight.grad.clone()))
-        monkeypatch.setattr(sdcnv3, "kernels", lambda dtype: None)
+        monkeypatch.setattr(choice, "runs", lambda kernel, kind: "torch")
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
 
 
 def test_refuses_two_dtypes():
     p_BHK, x_BHD, _ = world(4, 1, 3, deep=True)
     with pytest.raises(TypeError, match=r"torch\.float32.*beside torch\.float64"):
-        layer(half=3, dtype=torch.float32, batch_norm=False)(p_BHK, x_BHD, None, 0.0)
+        layer(half=3, dtype=torch.float32, batch_norm=False)(p_BHK, x_BHD, None, 0.0, None)
 
 
 def test_arrays_that_do_not_lie_in_rows_are_read_as_they_are():
     inputs = [t for t in world(6, 2, 3, deep=False) if t is not None]
     strange = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs]
     made = layer(2, 3, batch_norm=False)
-    assert torch.equal(made(*strange, 0.0), made(*inputs, 0.0))
+    assert torch.equal(made(*strange, 0.0, None), made(*inputs, 0.0, None))
 
 
 def test_a_second_derivative_is_refused():
     p_BHK, x_BHD, _ = world(4, 1, 3, deep=True)
     p_BHK.requires_grad_()
-    (grad,) = torch.autograd.grad(layer(half=3)(p_BHK, x_BHD, None, 0.0).square().sum(), p_BHK, create_graph=True)
+    (grad,) = torch.autograd.grad(layer(half=3)(p_BHK, x_BHD, None, 0.0, None).square().sum(), p_BHK, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -155,7 +153,7 @@ def test_a_frozen_norm_keeps_its_figures(monkeypatch):
     inputs = world(9, 1, 3, deep=True)
     made = layer(half=3)
     made.batch_norm.eval()
-    found, state = step(made, inputs, 0.0)
+    found, state = step(made, inputs, 0.0, None)
     wanted, _ = step(made, inputs, 0.0, monkeypatch)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert state["batch_norm.num_batches_tracked"] == 0
@@ -165,9 +163,9 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     threads(2)
     inputs = world(4096, 1, 3, deep=True)
     made = layer(half=3, batch_norm=False)
-    made(*inputs, 0.0)  # the parent's threads are there
+    made(*inputs, 0.0, None)  # the parent's threads are there
     if (child := os.fork()) == 0:
-        made(*inputs, 0.0)
+        made(*inputs, 0.0, None)
         os._exit(0)
     deadline = time.monotonic() + 60
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
@@ -184,33 +182,8 @@ def test_evaluation_and_other_types_do_without(monkeypatch):
 
     monkeypatch.setattr(cross_step, "_run", refuse)
     p_BHK, x_BHD, _ = world(4, 1, 3, deep=True)
-    layer(half=3).eval()(p_BHK, x_BHD, None, 0.0)
-    layer(half=3, layer_norm=False)(p_BHK, x_BHD, None, 0.0)
-    layer(half=3, dtype=torch.bfloat16)(p_BHK.bfloat16(), x_BHD.bfloat16(), None, 0.0)
+    layer(half=3).eval()(p_BHK, x_BHD, None, 0.0, None)
+    layer(half=3, layer_norm=False)(p_BHK, x_BHD, None, 0.0, None)
+    layer(half=3, dtype=torch.bfloat16)(p_BHK.bfloat16(), x_BHD.bfloat16(), None, 0.0, None)
     with pytest.raises(AssertionError, match="C was called"):
-        layer(half=3)(p_BHK, x_BHD, None, 0.0)
-
-
-def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert kernels.__wrapped__(torch.float32) is None
-
-
-def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
-    broken.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    with pytest.warns(UserWarning, match=r"trains slower.*no such target"):
-        assert kernels.__wrapped__(torch.float32) is None
-
-
-def test_a_library_that_cannot_be_loaded_is_told(monkeypatch, tmp_path):
-    empty = tmp_path / "cc"  # writes a library that is none
-    empty.write_text("#!/bin/sh\nwhile [ $1 != -o ]; do shift; done\necho nothing >$2\n")
-    empty.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    with pytest.warns(UserWarning, match=r"trains slower.*cross_step\.so"):
-        assert kernels.__wrapped__(torch.float32) is None
+        layer(half=3)(p_BHK, x_BHD, None, 0.0, None)
