@@ -81,7 +81,7 @@ def stage(name: str, **options: Any) -> BashOperator:
 
 @task.short_circuit(ignore_downstream_trigger_rules=False)  # `report` has a rule of its own
 def approved() -> bool:
-    """Whether the gate lets a model ship. Without a decision that says so in as many words, nothing does."""
+    """Whether the gate lets a model ship. Nothing ships without a decision that says `approve`."""
     decision = json.loads(DECISION.read_text())
     for reason in decision["reasons"]:
         print(reason)

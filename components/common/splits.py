@@ -17,7 +17,8 @@ NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """valid_share, test_share   the fewest whole days, counted from the end, that hold this share of the rows"""
+    """valid_share, test_share   the valid and test days are the fewest last whole days that hold this share
+    of the rows"""
 
     valid_share: float
     test_share: float
@@ -35,9 +36,9 @@ def rows_by_day(events: pa.Table) -> dict[str, int]:
 
 
 class Split(NamedTuple):
-    """First row of the valid days and of the test days, in rows ordered by day; and those two days.
+    """The first row and the first day of the valid days and of the test days. Rows are ordered by day.
 
-    A source may give no test rows: the valid rows are then judged too, and test_start is valid_start.
+    Where a source gives no test rows, models are judged on the valid rows, and test_start is valid_start.
     """
 
     valid_start: int
@@ -61,11 +62,13 @@ def split_rows(events: pa.Table, config: SplitConfig) -> Split:
     train, valid, test = (int((rank == i).sum()) for i in range(3))
     if train + valid + test < len(rank) or not train or not valid:
         found = sorted(map(str, pc.unique(events[SPLIT]).to_pylist()))
-        raise ValueError(f"split: the source's split column holds {found}; give train, valid and, if there are, test")
+        raise ValueError(
+            f"split: the source's split column holds {found}; give train, valid and, where there are test rows, test"
+        )
     if (np.diff(rank) < 0).any():
         raise ValueError(
-            "split: the given split does not follow time, so training would know of later days; leave out the split "
-            "column, or the timestamps: then the split is kept, and histories and popularity are not counted"
+            "split: the given split does not follow time, so training would know later days. Leave out the split column; "
+            "or leave out the timestamps: then the split is kept, without histories and popularity"
         )
     starts = (train, train + valid if test else train)
     return Split(*starts, *(f"{events['timestamp'][row].as_py():%Y-%m-%d}" for row in starts))

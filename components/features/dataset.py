@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """history_length  newest clicks of a user that a row points at
-    min_count       rows of the training days in which a value must occur to get an index of its own;
+    min_count       a value gets an index of its own if it occurs in so many rows of the training days;
                     for a tag: items shown in those days that must have it
     max_tags        tags kept of an item
     """
@@ -120,7 +120,7 @@ def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None
                    item that is newer than all events has its vector too: for a new item a model has little else
 
     Returns the joined rows and float32 [items, width], zero where an item has no vector. Raises ValueError where Feast
-    gives back other rows than it was given.
+    does not give back the rows that it was given.
     """
     from components.features.store import feature_store
     from components.features.views import NO_ATTRIBUTES
@@ -182,7 +182,7 @@ def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None
 def point_in_time(store: FeatureStore, service: str, rows: pa.Table) -> pa.Table:
     """The rows, keys and event_timestamp, each with the features of a Feast service as known at its time.
 
-    Raises ValueError where Feast gives back other rows than it was given.
+    Raises ValueError where Feast does not give back the rows that it was given.
     """
     entities = rows.append_column("row_id", pa.array(np.arange(len(rows))))
     job = store.get_historical_features(entity_df=entities.to_pandas(), features=store.get_feature_service(service))

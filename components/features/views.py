@@ -32,7 +32,7 @@ NO_ATTRIBUTES = "known"  # what a view of users without attributes serves, for i
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """availability_lag_seconds  a click, or a day's counts, is known this long after it happened
+    """availability_lag_seconds  a click, and a day's counts, are known this long after they happened
     popularity_days           days that views and clicks are counted over
     history_length            newest clicks kept for serving
     online_sample             users and items read back from the online store and compared
@@ -110,7 +110,7 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
 def given_histories(config: FeaturesConfig, events: pa.Table, histories: pa.ChunkedArray) -> dict[str, pa.Table]:
     """The tables of a source that gives the histories itself: an event's is known at that very event.
 
-    Its times are an order and no more, so there is no popularity.
+    Its times are only an order, so there is no popularity.
     """
     rows = pa.table(
         {

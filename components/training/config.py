@@ -12,16 +12,19 @@ PRECISIONS = ("fp32", "bf16")
 class TrainConfig:
     """seed          of initialisation, order and dropout
     batch_size    rows a step, of all processes together
-    max_epochs, patience   epochs at most; epochs without a better valid AUC before stopping
-    lr, lr_factor, lr_patience, min_lr   Adam's rate, and its cut after epochs that do not improve
-    embedding_l2  L2 on embeddings and the vector projection, l2/2 · ‖p‖² in the loss: what is clipped has its gradient
-    network_l2    the same on all other weights
-    ema           0, or the decay a step of a running mean of the weights, which is then what is scored and kept
-    clip_norm     gradient norm at most
+    max_epochs    the most epochs
+    patience      training stops after so many epochs without a better valid AUC
+    lr            Adam's learning rate at the start
+    lr_factor, lr_patience, min_lr   after more than lr_patience epochs without a better valid AUC, the rate is
+                  multiplied by lr_factor, down to min_lr
+    embedding_l2  L2 on embeddings and the vector projection: l2/2 · ‖p‖² is a term of the loss
+    network_l2    the same for all other weights
+    ema           0, or the decay of a running mean of the weights at each step. That mean is then scored and kept
+    clip_norm     the largest gradient norm of a step
     device        auto, cpu, or a CUDA device such as cuda:0; torchrun needs auto or cpu
     precision     fp32 (on CUDA its matrix products are TF32), or bf16: forward and backward under autocast. Weights,
                   loss and valid scores are fp32 in both
-    compile       train through torch.compile, on CUDA each step as one CUDA graph; what it compiled is kept in
+    compile       train through torch.compile; on CUDA each step is one CUDA graph. Compiled code is kept in
                   .scratch/inductor
     network       the model's own config, see models/
 

@@ -1,12 +1,13 @@
-"""Training in several processes, started by torchrun: each computes a slice of every batch, and all end as one would.
+"""Training in several processes, started by torchrun. Each computes a slice of every batch.
 
     loss        of the whole batch on every rank: logits are gathered, and gradients flow into the rank's own
     BatchNorm   mean and variance of the whole batch
     gradients   summed over ranks, so that clipping and Adam do the same everywhere
     dropout     every rank draws the masks of the whole batch and takes its rows' (`models.schema.Part`)
 
-N processes differ from one by the order of float sums alone. Without torchrun nothing here does a thing. Gloo on CPUs,
-NCCL on GPUs; what the host has to agree on (to stop) always goes through Gloo, so that no step waits for a GPU.
+N processes end in the weights of one process, except for the order of float sums. Without torchrun none of this is
+used. CPUs talk through Gloo and GPUs through NCCL. Whether to stop always goes through Gloo, so that no step waits for
+a GPU.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from models.schema import Logits
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size` ones. Rank 0 alone writes and speaks."""
+    """This process among `size` processes. Only rank 0 writes files and prints."""
 
     rank: int = 0
     size: int = 1
     host: Any = None
 
     def share(self, rows: int) -> slice:
-        """The rank's part of so many rows; the parts differ by one row at most."""
+        """This rank's part of `rows` rows. The parts of two ranks differ by one row at most."""
         return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
     def whole(self, own_KB: Tensor, rows: int) -> Tensor:
-        """[K, rows] of the parts [K, B] that the ranks share; gradients flow into the rank's own part alone."""
+        """[K, rows], put together from each rank's [K, B]. Gradients flow only into the rank's own part."""
         if self.size == 1:
             return own_KB
         whole, mine = own_KB.new_zeros(len(own_KB), rows), self.share(rows)
@@ -63,7 +64,7 @@ class Ranks:
             parameter.grad = grad.view_as(parameter)
 
     def largest(self, number: int) -> int:
-        """Of the numbers that the ranks give; waits for all of them."""
+        """The largest of the numbers that the ranks give. Waits for all ranks."""
         if self.size == 1:
             return number
         found = torch.tensor(number)
@@ -76,14 +77,14 @@ class Ranks:
 
 
 def local_rank() -> int | None:
-    """Which of the machine's processes this is; None where there is one alone."""
+    """Which of the machine's processes this is; None where there is only one."""
     many = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     return int(os.environ["LOCAL_RANK"]) if many else None
 
 
 @contextmanager
 def ranks(device: torch.device) -> Iterator[Ranks]:
-    """This process among those that torchrun started, talking to each other while the block lasts."""
+    """This process among those that torchrun started. They can talk to each other inside the block."""
     if local_rank() is None:
         yield Ranks()
         return
@@ -97,7 +98,7 @@ def ranks(device: torch.device) -> Iterator[Ranks]:
 
 
 def with_whole_batch_norms(model: Ranker) -> Ranker:
-    """The model, its BatchNorms replaced by ones that see the batch of all ranks; parameters and their names stay."""
+    """The model, with BatchNorms that see the batch of all ranks. Parameters and their names stay."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm1d):
@@ -109,7 +110,7 @@ def with_whole_batch_norms(model: Ranker) -> Ranker:
 
 
 class WholeBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of [b, C] or [b, C, K], each rank with its b rows. (SyncBatchNorm is the same for GPUs alone.)"""
+    """BatchNorm of [b, C] or [b, C, K], where each rank has its b rows. (SyncBatchNorm is the same, for GPUs only.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -135,7 +136,7 @@ class WholeBatchNorm(nn.BatchNorm1d):
 
 
 class Summed(torch.autograd.Function):
-    """The sum over ranks, which gives every rank's gradient back to all."""
+    """The sum over ranks. Its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

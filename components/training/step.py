@@ -64,7 +64,7 @@ class Step:
         self.warm = 0
 
     def __call__(self, fetched: list[Tensor], rows: int) -> Tensor:
-        """One step on a batch of `rows` rows, of which `fetched` holds this rank's. Returns the loss, float64."""
+        """One step on a batch of `rows` rows, `fetched` holds this rank's part. Returns the loss, float64."""
         if self.compiled is None or rows < self.config.batch_size:
             return self.take(self.loss, fetched, rows)
         if self.data.device.type != "cuda":

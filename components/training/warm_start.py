@@ -1,15 +1,16 @@
-"""A model begun from the weights of another day's: what they mean is kept, wherever an index stands today.
+"""A warm start: a new model takes the champion's weights, moved to where today's vocabularies put each value.
 
-    embedding tables   row of a value <- its row there; a value new today <- the row of UNKNOWN, which is what the
-                       champion itself serves for it; a value gone today is dropped
-    vector projection  the same vectors (embedding_version): copied. Vectors of a new fit: the least-squares projection
-                       that gives the items of both catalogs what they had; with too few of those, a fresh one
+    embedding tables   a value takes its row of the champion's table. A value that is new today takes the row of
+                       UNKNOWN, which the champion serves for it. A value that is gone today is dropped
+    vector projection  copied where the vectors are the same (embedding_version). For vectors of a new fit it is the
+                       least-squares projection that gives the items of both catalogs the projections that they had.
+                       If both catalogs share too few items, it is a fresh one
     all else           copied
 
 So before its first step the model scores as the champion does, where the champion's catalog has the row's items and
-today's vocabularies the values that it knows. An item that is new to the champion is an unknown one there, without
-kinds, tags and vector; here it has its own. Features that came, went or changed their order change what the inner
-weights read: then the tables alone are taken. The optimizer always starts afresh.
+today's vocabularies have the values that it knows. An item that is new to the champion is unknown there, without
+categories, tags and vector; here it has its own. If features were added, removed or put in another order, the inner
+weights would read something else: then only the tables are taken. The optimizer always starts from zero.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from models.families import network_config
 from models.layers import Ranker
 from models.schema import SPECIAL, UNKNOWN, Encoder, Feature, Schema, lookup
 
-ITEMS_A_COLUMN = 4  # items of both catalogs, a column of the vector, from which a projection can be told
+ITEMS_A_COLUMN = 4  # a projection needs so many shared items for each value of the vector
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Start:
 
 
 def take_weights(model: Ranker, network: dict[str, Any], data: Dataset, champion: Checkpoint) -> str | None:
-    """Overwrite a fresh model's weights by the champion's, of the same family. Returns what was taken, in words.
+    """Overwrite a fresh model's weights with those of a champion of the same family.
 
-    None, and nothing is taken, where the networks differ in any key.
+    Returns what was taken, in words. Where the networks differ in any key, takes nothing and returns None.
     """
     config = network_config(champion.family, network)
     if config != network_config(champion.family, champion.network):
@@ -95,7 +96,7 @@ def tables(model: Ranker, schema: Schema) -> dict[str, tuple[Feature, Tensor]]:
 
 
 def _rows_there(feature: Feature, here: Encoder, there: Encoder) -> Tensor | None:
-    """By today's index, where the value's row stands in the champion's table; None where values are of another type."""
+    """For each index of today, the value's row in the champion's table; None where the values have another type."""
     was = next(f for f in there.schema.features if f.name == feature.name)
     if (was.vocab is None) != (feature.vocab is None) or was.kind != feature.kind:
         return None

@@ -32,14 +32,14 @@ def test_without_test_rows_valid_is_judged() -> None:
     "parts", [("train", "test"), ("valid", "test"), ("train", "valid", "dev"), ("train", None, "valid")]
 )
 def test_other_parts(parts: tuple[str | None, ...]) -> None:
-    with pytest.raises(ValueError, match=r"split column holds \[.*\]; give train, valid and, if there are, test"):
+    with pytest.raises(ValueError, match=r"split column holds \[.*\]; give train, valid and, where"):
         split_rows(events(*parts), CONFIG)
 
 
 @pytest.mark.parametrize("parts", [("valid", "train"), ("train", "test", "valid"), ("train", "valid", "train")])
 def test_a_split_that_does_not_follow_time(parts: tuple[str, ...]) -> None:
     with pytest.raises(
-        ValueError, match=r"the given split does not follow time.*leave out the split column, or the ti"
+        ValueError, match=r"the given split does not follow time.*Leave out the split column; or leave out the ti"
     ):
         split_rows(events(*parts), CONFIG)
 
