@@ -67,8 +67,8 @@ def split_rows(events: pa.Table, config: SplitConfig) -> Split:
         )
     if (np.diff(rank) < 0).any():
         raise ValueError(
-            "split: the given split does not follow time, so training would know later days. Leave out the split column; "
-            "or leave out the timestamps: then the split is kept, without histories and popularity"
+            "split: the given split does not follow time, so training would know later days. Leave out the split "
+            "column; or leave out the timestamps: then the split is kept, without histories and popularity"
         )
     starts = (train, train + valid if test else train)
     return Split(*starts, *(f"{events['timestamp'][row].as_py():%Y-%m-%d}" for row in starts))
