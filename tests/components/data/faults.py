@@ -27,7 +27,7 @@ from components.common.contracts import UTC as TIMESTAMP
 from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
-from components.data.validate import ValidateConfig
+from components.data.thresholds import ValidateConfig
 from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
 
 DAYS, ROWS, HOUR = 14, 600, 3_600_000_000

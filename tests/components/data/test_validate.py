@@ -7,8 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,14 @@ from components.common.artifacts import write_json
 from components.common.contracts import HISTORIES, HISTORY, Canonical
 from components.common.splits import SplitConfig
 from components.common.verdict import require
-from components.data import frames, ingest, rules, validate
+from components.data import ingest, rules, validate
+from components.data.frames import days as frames_of_days
+from components.data.frames.columns import column_frame
+from components.data.frames.days import day_frame, figure_frame, recent_days
+from components.data.frames.rows import event_frame
+from components.data.frames.vectors import vector_frame
 from components.data.sources import RawTables, simulator
-from components.data.validate import ValidateConfig
+from components.data.thresholds import CHANCE, FLOORS, SIGMA, ValidateConfig
 from components.features import embed, features
 from tests.components.small_world import (
     PROJECT,
@@ -208,7 +212,7 @@ def test_the_error_says_where_to_look(cells: Judged) -> None:
 def rows(planter: Callable[[], Planter]) -> Judged:
     """Whole rows: a future time, nulls, lengths, zero and stranger's vectors, a repeated user, repeated impressions."""
     planted = planter()
-    planted.day("2024-03-08", put("timestamp", {0: datetime(2024, 3, 9, 5, tzinfo=ZONE)}))
+    planted.day("2024-03-08", put("timestamp", {0: datetime(2024, 3, 9, 5, tzinfo=UTC)}))
     planted.day("2024-03-07", put("label", {0: None}))
     planted.day("2024-03-06", lambda t: pa.concat_tables([t, t.slice(0, 30)]))
     planted.edit("modalities/text.parquet", put("vector", {2: [1.0, 2.0], 3: []}))
@@ -296,7 +300,7 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
     assert thin["off"] == pytest.approx(-np.log(10) / (np.log(2) + 4 / np.sqrt(40)))
     # each day is beside the days before it, never beside itself
     config = replace(VALIDATE, trailing_days=2)
-    frame = frames.day_frame(frames.recent_days(Canonical(planted.root), config, None), config)
+    frame = day_frame(recent_days(Canonical(planted.root), config, None), config)
     assert frame["usual_rows"].tolist() == [220, 220] and frame["rows"].tolist() == [400, 400]
     (stale,) = found.examples("freshness", "age_hours")
     assert 36 < stale["age_hours"] < 37
@@ -306,10 +310,10 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
 def test_the_judged_days(clean: Path) -> None:
     """The calendar's newest days, each beside the median of those before it."""
     data = Canonical(clean)
-    until = datetime(2024, 3, 9, tzinfo=ZONE)
+    until = datetime(2024, 3, 9, tzinfo=UTC)
 
     def days(config: ValidateConfig = VALIDATE, until: datetime | None = until) -> pd.DataFrame:
-        return frames.day_frame(frames.recent_days(data, config, until), config)
+        return day_frame(recent_days(data, config, until), config)
 
     frame = days()
     assert list(frame["day"].dt.day) == [4, 5, 6, 7, 8]
@@ -322,13 +326,13 @@ def test_the_judged_days(clean: Path) -> None:
     # a volume that says nothing is not judged
     config = replace(VALIDATE, min_day_rows=401)
     assert days(config)[["rows_if_judged", "label_rate"]].isna().all(axis=None)
-    assert frames.figure_frame(frames.recent_days(data, config, until), data, config).empty
+    assert figure_frame(recent_days(data, config, until), data, config).empty
 
 
 @pytest.mark.parametrize("hour", [6, 12])
 def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither at `until`, nor, where that is null, now."""
-    now = datetime(2024, 3, 8, hour, tzinfo=ZONE)
+    now = datetime(2024, 3, 8, hour, tzinfo=UTC)
     facts = ingest.run(ingest_config(until=now.isoformat()), tmp_path / "canonical")
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
     found = judged(tmp_path / "canonical")
@@ -341,7 +345,7 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
         def now(cls, tz: Any = None) -> datetime:
             return now
 
-    monkeypatch.setattr(frames, "datetime", Clock)
+    monkeypatch.setattr(frames_of_days, "datetime", Clock)
     Planter(tmp_path / "canonical").until(None)
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
@@ -397,8 +401,8 @@ def test_what_tells_the_label_of_a_timeless_source(tmp_path: Path) -> None:
 
 
 def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
-    data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=ZONE)
-    frame = frames.figure_frame(frames.recent_days(data, VALIDATE, until), data, VALIDATE)
+    data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=UTC)
+    frame = figure_frame(recent_days(data, VALIDATE, until), data, VALIDATE)
     events = data.events().to_pandas()
     events["day"] = events["timestamp"].dt.day
     events = events.merge(data.users().to_pandas(), on="user_id")
@@ -427,15 +431,15 @@ def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
     assert rate["value"] == pytest.approx(odds[7]) and rate["usual"] == pytest.approx(odds.loc[2:6].median())
     spread = (odds.loc[2:6] - odds.loc[2:6].median()).abs().median()
     p = (clicks.sum() + 0.5) / (8 * 400 + 1)  # of the eight days, all of which are among twice `trailing_days`
-    chance = frames.CHANCE / np.sqrt(400 * p * (1 - p))
-    assert rate["allowed"] == pytest.approx(frames.FLOORS["label_rate"] + 5 * frames.SIGMA * spread + chance)
+    chance = CHANCE / np.sqrt(400 * p * (1 - p))
+    assert rate["allowed"] == pytest.approx(FLOORS["label_rate"] + 5 * SIGMA * spread + chance)
 
 
 def test_what_a_feature_tells_of_the_label(clean: Path) -> None:
     """Cramér's V of Bergsma 2013, by its formula, on the day where it is highest."""
     data = Canonical(clean)
-    recent = frames.recent_days(data, VALIDATE, None)
-    found = frames.column_frame(recent, data).set_index("column")["tells_label"]
+    recent = recent_days(data, VALIDATE, None)
+    found = column_frame(recent, data).set_index("column")["tells_label"]
     events = data.events().to_pandas()
     events["day"] = events["timestamp"].dt.day
     best = []
@@ -454,7 +458,7 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     vectors = [None if i % 5 == 0 else rng.normal(size=3 + (i == 7)).tolist() for i in range(20)]
     vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
     table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
-    frame = frames.vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
+    frame = vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
     there = [i for i in range(20) if vectors[i] is not None]
     assert frame["item_id"].tolist() == there
     assert frame["item_is_known"].tolist() == [i < 19 for i in there]
@@ -464,10 +468,10 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
     log = np.log([norm or np.nan for norm in norms])
     away = log - np.nanmedian(log)
-    allowed = np.log(4) + 5 * frames.SIGMA * np.nanmedian(np.abs(away))
+    allowed = np.log(4) + 5 * SIGMA * np.nanmedian(np.abs(away))
     assert frame["off"].to_numpy() == pytest.approx(away / allowed, abs=1e-6, nan_ok=True)
     assert frame["off"].isna().tolist() == [i == 3 for i in there]  # of zeros there is no logarithm
-    assert frames.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
+    assert vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
 
 
 # ---- what may go on ---------------------------------------------------------------------------------------------
@@ -518,8 +522,8 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
 
 def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path) -> None:
     data = Canonical(clean)
-    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(ZONE)
-    columns = frames.event_frame(data).columns
+    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(UTC)
+    columns = event_frame(data).columns
     (limit,) = (
         r for r in rules.event_rules(None, columns) if r.column == "timestamp" and "between" in r.expectation_type
     )
