@@ -89,10 +89,13 @@ def learnt(figure: str, description: str, severity: FailureSeverity = STOP) -> E
     )  # fmt: skip
 
 
-def column_rules() -> list[Expectation]:
+def column_rules(config: ValidateConfig) -> list[Expectation]:
     return [
         gxe.ExpectColumnValuesToBeBetween(
-            column="tells_label", max_value=0.7, description="no feature alone gives the label away (Cramér's V)"
+            column="tells_label",
+            max_value=config.max_label_leak,
+            description="no column alone predicts the label: leave it out of the data if it is only known after the "
+            "click, or raise validate.max_label_leak if it is known before",
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="values", min_value=2, description="a feature has more than one value", severity=WARN

@@ -9,6 +9,7 @@ import numpy as np
 DAYS = 3  # days before a day that are needed to know what is usual
 WEEK, WEEKS = 7, 4  # days in a week; earlier weeks whose same weekday also shows what is usual
 FEWEST = 30  # items that are needed to compare new items with older ones
+FEWEST_LABELS = 10  # rows of each label; with fewer, a value can match them by chance
 
 # How far a figure may be from its usual value even if it never varied before. Shares and directions are compared by
 # their difference, volumes and norms by the difference of logarithms (log 2: twice or half), label rates by that of
@@ -45,6 +46,8 @@ class ValidateConfig:
     min_day_rows       a day with fewer rows is not judged, and neither is a day if the days before it have fewer
                        (their median)
     max_missing_share  share of items without a vector, per modality
+    max_label_leak     how well one column alone may predict the label, from 0 (not at all) to 1 (exactly). A copy of
+                       the label has 1; a user's or an item's id stays well below
     """
 
     label_rate: tuple[float, float]
@@ -53,6 +56,7 @@ class ValidateConfig:
     spreads: float
     min_day_rows: int
     max_missing_share: float
+    max_label_leak: float
 
     def __post_init__(self) -> None:
         low, high = self.label_rate
@@ -62,3 +66,5 @@ class ValidateConfig:
             raise ValueError(f"trailing_days is {self.trailing_days}; at least 1 day must be judged")
         if self.spreads < 0:
             raise ValueError(f"spreads is {self.spreads}; it must be 0 or more, e.g. 5")
+        if not 0 < self.max_label_leak <= 1:
+            raise ValueError(f"max_label_leak is {self.max_label_leak}; it must be above 0 and at most 1, e.g. 0.9")

@@ -81,7 +81,7 @@ def suites(
         "events": (events, rules.event_rules(until, events.columns)),
         "days": (day_frame(recent, config), rules.day_rules(config)),
         "figures": (figure_frame(recent, data, config), rules.figure_rules()),
-        "columns": (column_frame(recent, data), rules.column_rules()),
+        "columns": (column_frame(recent, data, config), rules.column_rules(config)),
         "items": (item_frame(data), rules.item_rules()),
         "users": (data.users().to_pandas(), rules.user_rules()),
         "quarantine": (broken, rules.quarantine_rules()),

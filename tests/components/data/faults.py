@@ -36,7 +36,13 @@ CONFIG = replace(SIMULATOR, **SIZES, new_share=0.3, noise=0.3)
 UNTIL = "2024-03-15T06:00:00+00:00"  # six hours after the last of the days
 FUTURE = 4_070_908_800_000_000  # 2099
 RULES = ValidateConfig(
-    label_rate=(0.01, 0.95), max_age_hours=36, trailing_days=7, spreads=5.0, min_day_rows=200, max_missing_share=0.5
+    label_rate=(0.01, 0.95),
+    max_age_hours=36,
+    trailing_days=7,
+    spreads=5.0,
+    min_day_rows=200,
+    max_missing_share=0.5,
+    max_label_leak=0.9,
 )
 
 Raw = Callable[[RawTables], RawTables]

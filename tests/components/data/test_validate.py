@@ -25,15 +25,18 @@ from components.common.splits import SplitConfig
 from components.common.verdict import require
 from components.data import ingest, rules, validate
 from components.data.frames import days as frames_of_days
-from components.data.frames.columns import column_frame
+from components.data.frames.columns import column_frame, tells_label
 from components.data.frames.days import day_frame, figure_frame, recent_days
 from components.data.frames.rows import event_frame
 from components.data.frames.vectors import vector_frame
 from components.data.sources import RawTables, simulator
+from components.data.sources.files import TableConfig
 from components.data.thresholds import CHANCE, FLOORS, SIGMA, ValidateConfig
 from components.features import embed, features
 from tests.components.small_world import (
+    NO_FILES,
     PROJECT,
+    UNTIL,
     VALIDATE,
     ingest_config,
     ingest_simulator,
@@ -435,22 +438,98 @@ def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
     assert rate["allowed"] == pytest.approx(FLOORS["label_rate"] + 5 * SIGMA * spread + chance)
 
 
-def test_what_a_feature_tells_of_the_label(clean: Path) -> None:
-    """Cramér's V of Bergsma 2013, by its formula, on the day where it is highest."""
+def told_one_by_one(code: np.ndarray, label: np.ndarray) -> float:
+    """Each row's label beside the mean of the other rows of its value, by pandas."""
+    rows = pd.DataFrame({"code": code, "label": label})
+    rows = rows[rows.duplicated("code", keep=False)]
+    group = rows.groupby("code")["label"]
+    others = (group.transform("sum") - rows["label"]) / (group.transform("size") - 1)
+    away = rows["label"] - rows["label"].mean()
+    return float(np.sqrt(max(0, (away * (others - rows["label"].mean())).sum() / (away**2).sum())))
+
+
+def test_how_well_a_feature_predicts_the_label(clean: Path) -> None:
+    """On the day where it is highest, or over all judged days."""
     data = Canonical(clean)
     recent = recent_days(data, VALIDATE, None)
-    found = column_frame(recent, data).set_index("column")["tells_label"]
-    events = data.events().to_pandas()
-    events["day"] = events["timestamp"].dt.day
-    best = []
-    for day in range(4, 9):
-        counts = pd.crosstab(*(events.loc[events["day"] == day, name] for name in ("device", "label"))).to_numpy()
-        n, k = counts.sum(), len(counts)
-        expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / n
-        phi = ((counts - expected) ** 2 / expected).sum() / n
-        width = min(k - (k - 1) ** 2 / (n - 1), 2 - 1 / (n - 1)) - 1
-        best.append((max(0, phi - (k - 1) / (n - 1)) / width) ** 0.5)
-    assert found["device"] == pytest.approx(max(best))
+    found = column_frame(recent, data, VALIDATE).set_index("column")["tells_label"]
+    events = data.events().to_pandas().merge(data.users().to_pandas(), on="user_id", how="left")
+    day = events["timestamp"].dt.day
+    for name in ("device", "region", "age_group"):
+        parts = [events[day == one] for one in range(4, 9)] + [events[day >= 4]]
+        wanted = max(told_one_by_one(part[name], part["label"]) for part in parts)
+        assert found[name] == pytest.approx(wanted)
+
+
+def test_how_well_columns_of_many_values_predict_the_label() -> None:
+    """Values that say nothing stay near 0 and copies of the label come to 1, however few rows a value has."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(20_000) < 0.2).astype(np.int8)
+    for values in (2, 500, 5_000, 20_000):
+        nothing = rng.integers(0, values, len(label))
+        assert tells_label(nothing, label, 200) < 0.2
+        assert tells_label(2 * nothing + label, label, 200) == pytest.approx(1)
+    few = rng.permutation(20_000) // 2  # every value twice
+    assert tells_label(few, label, 200) == pytest.approx(told_one_by_one(few, label))
+    assert tells_label(2 * few + label, label, 200) == pytest.approx(1)
+    assert tells_label(np.arange(20_000), label, 200) == 0  # no value comes again: no model can learn from it
+    two = np.where(np.arange(20_000) < 2, 0, np.arange(20_000)) * 2 + label
+    assert tells_label(two, label, 200) == 0  # and two rows are too few to say anything
+
+
+def tabular(rows: int, seed: int, leak: bool = False) -> pa.Table:
+    """The README's tabular data with a user and an item of thousands of values; users differ in how often they click.
+    The leak is a session of a few rows whose name follows from the label."""
+    rng = np.random.default_rng(seed)
+    world = np.random.default_rng(99)
+    taste, charm = world.normal(0, 4.5, 3_000), world.normal(0, 0.7, 2_000)
+    user, item = rng.integers(0, len(taste), rows), rng.integers(0, len(charm), rows)
+    label = rng.random(rows) < 1 / (1 + np.exp(-taste[user] - charm[item]))
+    session = 2 * rng.integers(0, 5_000, rows) + (label if leak else rng.integers(0, 2, rows))
+    return pa.table(
+        {
+            "label": label.astype(np.int8),
+            "user": [f"{value:08x}" for value in user],
+            "item": [f"{value:08x}" for value in item],
+            "session": [f"{value:08x}" for value in session],
+        }
+    )
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_tabular_data_with_thousands_of_users_and_items(leak: bool, tmp_path: Path) -> None:
+    """A user's clicks say much about that user's next one; that is no leak. A session named after the label is."""
+    (tmp_path / "raw").mkdir()
+    for seed, (part, rows) in enumerate({"train": 16_000, "valid": 2_000, "test": 2_000}.items()):
+        pq.write_table(tabular(rows, seed, leak), tmp_path / "raw" / f"{part}.parquet")
+    table = TableConfig(
+        path={part: f"{part}.parquet" for part in ("train", "valid", "test")},
+        columns={}, categorical=["user", "item", "session"], numeric=[],
+    )  # fmt: skip
+    config = ingest_config("files", str(tmp_path / "raw"), None, replace(NO_FILES, events=table))
+    ingest.run(config, tmp_path / "canonical")
+    found = judged(tmp_path / "canonical")
+    if not leak:
+        assert (found.error, found.broken) == ("", set())
+        return
+    assert found.broken == {"columns.tells_label: column_values_to_be_between"}
+    (example,) = found.examples("columns", "tells_label")
+    assert example["column"] == "session" and example["tells_label"] == pytest.approx(1)
+    assert "leave it out of the data if it is only known after the click, or raise validate.max_label_leak" in (
+        found.error
+    )
+    assert judged(tmp_path / "canonical", replace(VALIDATE, max_label_leak=1.0)).error == ""  # the remedy that it names
+
+
+def test_a_leak_whose_values_repeat_over_days_alone(clean: Path, tmp_path: Path) -> None:
+    """A name that each day has once: no day shows the leak, the days together do."""
+    raw = simulator.read(ingest_config())
+    label = raw.events["label"].to_numpy()
+    day = raw.events["timestamp"].to_numpy().astype("datetime64[D]").astype(int)
+    rank = pd.Series(label).groupby([day, label]).cumcount().to_numpy()
+    events = raw.events.append_column("ticket", pa.array(2 * rank + label).cast(pa.string()))
+    ingest_tables(replace(raw, events=events), tmp_path / "canonical", UNTIL)
+    assert judged(tmp_path / "canonical").broken == {"columns.tells_label: column_values_to_be_between"}
 
 
 def test_vector_frame_equals_rows_computed_one_by_one() -> None:
