@@ -15,17 +15,15 @@ beside than `frames.FLOORS`, `validate.spreads` of their spread (median absolute
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC as ZONE
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import Any
 
 import great_expectations.expectations as gxe
 from great_expectations.expectations import Expectation
 from great_expectations.expectations.metadata_types import FailureSeverity
 from great_expectations.expectations.row_conditions import Column
 
-if TYPE_CHECKING:
-    from components.data.validate import ValidateConfig
+from components.data.thresholds import ValidateConfig
 
 STOP, QUARANTINE, WARN = FailureSeverity.CRITICAL, FailureSeverity.WARNING, FailureSeverity.INFO
 SEVERITIES = {STOP: "stop", QUARANTINE: "quarantine", WARN: "warn"}
@@ -38,12 +36,12 @@ def is_true(column: str, description: str, severity: FailureSeverity = STOP, mos
 
 
 def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectation]:
-    latest = until or datetime.now(ZONE)
+    latest = until or datetime.now(UTC)
     rules: list[Any] = [
         *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("user_id", "item_id", "timestamp", "label")),
         gxe.ExpectColumnValuesToBeInSet(column="label", value_set=[0, 1]),
         gxe.ExpectColumnValuesToBeBetween(
-            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=ZONE), max_value=latest
+            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=UTC), max_value=latest
         ),
         is_true("item_is_known", "every event's item_id is in items"),
         is_true("user_is_known", "every event's user_id is in users"),
@@ -91,10 +89,13 @@ def learnt(figure: str, description: str, severity: FailureSeverity = STOP) -> E
     )  # fmt: skip
 
 
-def column_rules() -> list[Expectation]:
+def column_rules(config: ValidateConfig) -> list[Expectation]:
     return [
         gxe.ExpectColumnValuesToBeBetween(
-            column="tells_label", max_value=0.7, description="no feature alone gives the label away (Cramér's V)"
+            column="tells_label",
+            max_value=config.max_label_leak,
+            description="no column alone predicts the label: leave it out of the data if it is only known after the "
+            "click, or raise validate.max_label_leak if it is known before",
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="values", min_value=2, description="a feature has more than one value", severity=WARN

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,42 +18,17 @@ import pandas as pd
 from components.common.artifacts import folder_hash, new_folder, read_json, write_json
 from components.common.config import parse_time
 from components.common.contracts import Canonical
+from components.data.frames.columns import column_frame
+from components.data.frames.days import DAY, day_frame, figure_frame, last_day, recent_days
+from components.data.frames.rows import event_frame, item_frame, quarantine_frame
+from components.data.frames.vectors import cohort_frame, coverage_frame, vector_frame
+from components.data.thresholds import ValidateConfig
 
 if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
 
 EXAMPLES = 3
 UNSAID = {"column", "batch_id", "row_condition"}  # of a rule, where its limits are told
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateConfig:
-    """label_rate         share of clicks that a judged day may have, [low, high]
-    max_age_hours      age of the newest event at ingest.until
-    trailing_days      how many of the newest days that are over are judged, and how many days before a day tell what
-                       is usual; so does the same weekday of earlier weeks
-    spreads            spreads (1.48 × the median absolute deviation) that a figure may lie from the usual one, beyond
-                       the floor of its kind in frames.py
-    min_day_rows       fewer rows say nothing: neither of a day's clicks nor, as the median of the days before, of what
-                       is usual
-    max_missing_share  items without a vector, per modality
-    """
-
-    label_rate: tuple[float, float]
-    max_age_hours: float
-    trailing_days: int
-    spreads: float
-    min_day_rows: int
-    max_missing_share: float
-
-    def __post_init__(self) -> None:
-        low, high = self.label_rate
-        if not 0 <= low < high:
-            raise ValueError(f"label_rate is [{low}, {high}]; it must be [low, high] with 0 <= low < high")
-        if self.trailing_days < 1:
-            raise ValueError(f"trailing_days is {self.trailing_days}; at least 1 day must be judged")
-        if self.spreads < 0:
-            raise ValueError(f"spreads is {self.spreads}; 0 allows the floors alone, 5 is a start")
 
 
 def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> dict[str, Any]:
@@ -88,27 +62,27 @@ def suites(
     config: ValidateConfig, data: Canonical, facts: dict[str, Any]
 ) -> dict[str, tuple[pd.DataFrame, list[Expectation]]]:
     """Table -> what is judged, and by which rules. `facts` is source.json."""
-    from components.data import frames, rules
+    from components.data import rules  # importing Great Expectations takes seconds
 
     until = parse_time("until", facts["until"]) if facts["until"] else None
     items = data.items()
-    since = frames.last_day(data, until) - (config.trailing_days - 1) * frames.DAY
+    since = last_day(data, until) - (config.trailing_days - 1) * DAY
     tables: dict[str, tuple[pd.DataFrame, list[Expectation]]] = {}
     for name, table in data.each_modality():  # before the events are in memory
-        vectors = frames.vector_frame(table, items["item_id"], config.spreads)
-        tables[f"modality {name}"] = (vectors, rules.vector_rules(name))
-        tables[f"coverage {name}"] = (frames.coverage_frame(table, items["item_id"]), rules.coverage_rules(config))
-        tables[f"new items {name}"] = (frames.cohort_frame(table, items, since), rules.cohort_rules(name))
+        judged = vector_frame(table, items["item_id"], config.spreads)
+        tables[f"modality {name}"] = (judged, rules.vector_rules(name))
+        tables[f"coverage {name}"] = (coverage_frame(table, items["item_id"]), rules.coverage_rules(config))
+        tables[f"new items {name}"] = (cohort_frame(table, items, since), rules.cohort_rules(name))
         del table
-    recent = frames.recent_days(data, config, until)
-    events = frames.event_frame(data)
-    broken = frames.quarantine_frame(data.root, facts["broken"], facts["rows"]["read"] - facts["rows"]["later"])
+    recent = recent_days(data, config, until)
+    events = event_frame(data)
+    broken = quarantine_frame(data.root, facts["broken"], facts["rows"]["read"] - facts["rows"]["later"])
     tables |= {
         "events": (events, rules.event_rules(until, events.columns)),
-        "days": (frames.day_frame(recent, config), rules.day_rules(config)),
-        "figures": (frames.figure_frame(recent, data, config), rules.figure_rules()),
-        "columns": (frames.column_frame(recent, data), rules.column_rules()),
-        "items": (frames.item_frame(data), rules.item_rules()),
+        "days": (day_frame(recent, config), rules.day_rules(config)),
+        "figures": (figure_frame(recent, data, config), rules.figure_rules()),
+        "columns": (column_frame(recent, data, config), rules.column_rules(config)),
+        "items": (item_frame(data), rules.item_rules()),
         "users": (data.users().to_pandas(), rules.user_rules()),
         "quarantine": (broken, rules.quarantine_rules()),
     }

@@ -1,14 +1,15 @@
 """embed: the texts and images of an item -> one vector of `dim` float32.
 
-Each modality is standardised and scaled to unit length; an item without it holds zeros there, which after
-standardising is the mean item. The modalities lie side by side, PCA takes them to `dim`, and all of it is fitted on
-items shown in the training days alone.
+Each modality is standardised and scaled to unit length; an item without it has zeros there, which after standardising
+is the mean item. The modalities are put side by side, and PCA reduces them to `dim`. All of it is fitted only on items
+shown in the training days.
 
-A modality whose vectors the source gives is taken as it is. Texts without vectors become them by TF-IDF and SVD, or by
-`text_encoder`; pictures by their colours and edges, or by `image_encoder`.
+Vectors that the source gives are taken as they are. Texts without vectors are embedded by TF-IDF and SVD, or by
+`text_encoder`; if no item has a text, their titles are. Pictures are embedded by their colours and edges, or by
+`image_encoder`.
 
 The fit is saved with the names of the encoders that it was made for, and its hash is the embedding's version.
-`embed.fit` takes an earlier one: new items are embedded without a refit, and vectors of two versions never meet.
+`embed.fit` takes an earlier one: new items are embedded without a refit, and vectors of two versions are never mixed.
 """
 
 from __future__ import annotations
@@ -38,21 +39,23 @@ if TYPE_CHECKING:
 FIT = "fit.safetensors"
 FIT_BATCH = 8192  # items standardised at once
 TEXT_BATCH = 1024  # texts encoded at once
-GIVEN, COUNTED = "vectors of the source", "TF-IDF"
+GIVEN, COUNTED, TITLES = "vectors of the source", "TF-IDF", " of titles"
 TFIDF: dict[str, Any] = {"sublinear_tf": True, "stop_words": "english"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """dim            width of the fused vector
-    text_features  TF-IDF terms kept, where texts must be embedded here
-    text_dim       width of their SVD
-    text_encoder   in place of the two: a folder with a model of sentence-transformers, or its name on Hugging Face
-    image_encoder  in place of colours and edges: a folder with a model of open_clip, or its name on Hugging Face;
-                   DVC watches neither: after a change in such a folder, `dvc repro --force --single-item embed`
+    text_features  TF-IDF terms kept, if the source has texts or titles but no text vectors
+    text_dim       width of the SVD of the TF-IDF matrix
+    text_encoder   used instead of TF-IDF and SVD: a folder with a model of sentence-transformers, or its name on
+                   Hugging Face
+    image_encoder  used instead of colours and edges: a folder with a model of open_clip, or its name on Hugging Face.
+                   DVC watches neither model: after a change in its folder, run
+                   `dvc repro --force --single-item embed`
     seed           of the SVD
-    fit            null fits anew, which is a new version of the vectors; a copy of an earlier output of this stage
-                   embeds by the fit in it, new items too, and keeps its version
+    fit            null: fit again, which gives the vectors a new version. A path to a copy of an earlier output of this
+                   stage: embed with its fit, new items too, and keep its version
     """
 
     dim: int
@@ -70,9 +73,10 @@ class EmbedConfig:
 
 
 def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Path, output: Path) -> dict[str, Any]:
-    """Write item_embedding.parquet (item_id, created_at, embedding, has_NAME…), fit.safetensors and fit.json.
+    """Write item_embedding.parquet (item_id, created_at, embedding, has_NAME…), fit.safetensors and fit.json, and print
+    what was embedded.
 
-    Without any vector or text every embedding is null, and models do without the item vector.
+    Without any vector, text or picture every embedding is null, and models do without the item vector.
     """
     require(validation, canonical)
     data = Canonical(canonical)
@@ -81,10 +85,11 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
     if not train.any():
         raise ValueError("embed: no item is shown in the training days; check ingest and split in params.yaml")
     vectors = {name: _matrix(name, table, items["item_id"]) for name, table in data.modalities().items()}
-    texts = items["text"] if "text" not in vectors and items["text"].null_count < len(items) else None
+    earlier = load_fit(Path(config.fit), config.dim) if config.fit is not None else None
+    texts, of_titles = choose_texts(config, items, train, earlier) if "text" not in vectors else (None, "")
     pictures = data.count_pictures()
-    for field, there in (("text_encoder", texts is not None), ("image_encoder", pictures)):
-        if (model := getattr(config, field)) is not None and not there:
+    for field, given in (("text_encoder", texts is not None), ("image_encoder", pictures)):
+        if (model := getattr(config, field)) is not None and not given:
             what = field.removesuffix("_encoder")
             raise ValueError(
                 f"embed.{field} is {model!r}, but {canonical} has no {what} to encode, or {what} vectors already; "
@@ -94,38 +99,35 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
     images = image_encoder(config.image_encoder) if pictures else None
     encoders = dict.fromkeys(vectors, GIVEN)
     if texts is not None:
-        encoders["text"] = sentences.name if sentences else COUNTED
+        encoders["text"] = (sentences.name if sentences else COUNTED) + of_titles
     if images is not None:
         encoders[IMAGE] = images.name
-    if config.fit is None:
-        fit = Fit({}, [], encoders, 1.0)
-    else:
-        fit = load_fit(Path(config.fit), config.dim)
-        if fit.encoders != encoders:
-            raise ValueError(
-                f"embed.fit: {config.fit} was fitted on {_listed(fit.encoders)}, here are {_listed(encoders)}; "
-                "set embed.fit to null, which fits anew, or bring back what it was fitted on"
-            )
+    if earlier is not None and earlier.encoders != encoders:
+        raise ValueError(
+            f"embed.fit: {config.fit} was fitted on {_listed(earlier.encoders)}, here are {_listed(encoders)}; "
+            "set embed.fit to null, which fits anew, or bring back what it was fitted on"
+        )
+    fit = earlier or Fit({}, [], encoders, 1.0)
     if texts is not None and sentences is not None:
         vectors["text"] = encode_texts(sentences, texts)
     elif texts is not None:
-        fit = fit_texts(config, fit, texts, train) if config.fit is None else fit
+        fit = earlier or fit_texts(config, fit, texts, train)
         vectors["text"] = embed_texts(fit, texts)
     if images is not None:
         vectors[IMAGE] = encode_pictures(images, data, items["item_id"])
-    for name, x_IE in vectors.items() if config.fit is not None else ():
+    for name, x_IE in vectors.items() if earlier is not None else ():
         if x_IE.shape[1] != (width := len(fit.arrays[f"{name}.mean"])):
             raise ValueError(
                 f"embed.fit: vectors of {name} have {x_IE.shape[1]} values here, {config.fit} was fitted on {width}; "
                 "set embed.fit to null, which fits anew, or bring back vectors of its length"
             )
-    if config.fit is None and vectors:
+    if earlier is None and vectors:
         fit = fit_fusion(config, fit, vectors, train)
     has = {f"has_{name}": ~np.isnan(x_IE[:, 0]) for name, x_IE in sorted(vectors.items())}
     nothing = ~np.any(list(has.values()), axis=0) if has else np.ones(len(items), dtype=bool)
     with new_folder(output) as folder:
         save_fit(fit, folder / FIT)
-        facts = {
+        facts: dict[str, Any] = {
             "version": file_hash(folder / FIT)[:16],
             "dim": config.dim if vectors else 0,
             "modalities": sorted(vectors),
@@ -142,12 +144,16 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
             {
                 "item_id": items["item_id"],
                 "created_at": items["created_at"],
-                # An item with no modality at all has no vector: null, and never the mean item's.
+                # An item with no modality at all has no vector: null, and not the mean item's.
                 "embedding": _lists(fuse(fit, vectors), nothing) if vectors else embedding,
                 **has,
             }
         )
         pq.write_table(table, folder / "item_embedding.parquet")
+    for name, encoder in sorted(encoders.items()):
+        print(f"{name}: {encoder}, {len(items) - facts['missing'][name]:,} of {len(items):,} items")
+    if not encoders:
+        print("items have no vectors, texts or pictures, and their titles share too few words: nothing is embedded")
     return facts
 
 
@@ -183,7 +189,7 @@ class Fit:
 
 
 def save_fit(fit: Fit, file: Path) -> None:
-    """All that embeds is in the one file, so that its hash tells two fits apart."""
+    """Everything that is needed to embed is in this one file, so its hash is the fit's identity."""
     from safetensors.numpy import save_file
 
     about = {"terms": fit.terms, "encoders": fit.encoders}
@@ -192,7 +198,7 @@ def save_fit(fit: Fit, file: Path) -> None:
 
 
 def load_fit(folder: Path, dim: int) -> Fit:
-    """The fit in an output of this stage. Raises ValueError where it is none, or of another width."""
+    """The fit in an output of this stage. Raises ValueError if there is none, or if it has another width."""
     from safetensors import safe_open
 
     facts = read_json(folder / "fit.json", "embed")
@@ -216,7 +222,7 @@ def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], tr
     arrays = dict(fit.arrays)
     for name, x_IE in sorted(vectors.items()):
         rows = np.flatnonzero(train & ~np.isnan(x_IE[:, 0]))
-        if not len(rows):  # training shows none of it: it is taken as it is, and later items tell the fit nothing
+        if not len(rows):  # not in the training days: it is taken as it is, and later items do not change the fit
             arrays[f"{name}.mean"], arrays[f"{name}.std"] = np.zeros(x_IE.shape[1]), np.ones(x_IE.shape[1])
             continue
         mean_E = sum(x_BE.sum(axis=0) for x_BE in _chunks(x_IE, rows)) / len(rows)
@@ -243,7 +249,7 @@ def fit_fusion(config: EmbedConfig, fit: Fit, vectors: dict[str, np.ndarray], tr
         )
     variance_E, axes_EE = np.linalg.eigh(covariance_EE)
     components_DE = axes_EE.T[::-1][: config.dim]
-    strongest_D = np.abs(components_DE).argmax(axis=1)  # of an axis and its opposite one is chosen
+    strongest_D = np.abs(components_DE).argmax(axis=1)  # an axis and its opposite are equal: choose one
     components_DE = components_DE * np.sign(components_DE[np.arange(config.dim), strongest_D])[:, None]
     # One scale for all, so that the vectors enter a network with unit variance and keep their directions.
     scale = np.sqrt(max(variance_E[::-1][: config.dim].mean(), 0)) or 1.0
@@ -280,29 +286,53 @@ def _chunks(x_IE: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
 # ---- texts and pictures -----------------------------------------------------------------------------------------
 
 
+def choose_texts(
+    config: EmbedConfig, items: pa.Table, train: np.ndarray, earlier: Fit | None
+) -> tuple[pa.ChunkedArray | None, str]:
+    """The items' texts, and what to add to their encoder's name. If no item has a text, their titles, if an earlier fit
+    was made of titles or, without one, if titles have something in common; else None."""
+    if items["text"].null_count < len(items):
+        return items["text"], ""
+    is_id = pc.equal(items["title"], items["item_id"].cast(pa.string()))  # what some sources write without a title
+    titles = pc.if_else(is_id, pa.scalar(None, pa.string()), items["title"])
+    if earlier is not None:
+        usable = earlier.encoders.get("text", "").endswith(TITLES)
+    elif config.text_encoder is not None:
+        usable = titles.null_count < len(titles)
+    else:
+        usable = len(_tfidf(config, titles, train)[1]) > 1
+    return (titles, TITLES) if usable else (None, "")
+
+
 def fit_texts(config: EmbedConfig, fit: Fit, texts: pa.ChunkedArray, train: np.ndarray) -> Fit:
     """`fit` with TF-IDF and SVD, fitted on the training items' texts.
 
-    Raises ValueError where those share too few words.
+    Raises ValueError if these share too few words.
     """
     from sklearn.decomposition import TruncatedSVD
+
+    tfidf_NT, terms, idf_T = _tfidf(config, texts, train)
+    if len(terms) < 2:
+        known = int((train & texts.is_valid().to_numpy()).sum())
+        raise ValueError(
+            f"embed: the training items' texts share {len(terms)} term(s), {known} items have a text; "
+            "SVD needs 2 terms: give the source longer texts, or text vectors"
+        )
+    svd = TruncatedSVD(min(config.text_dim, min(tfidf_NT.shape) - 1), random_state=config.seed).fit(tfidf_NT)
+    return replace(fit, arrays={"text.idf": idf_T, "text.svd": svd.components_}, terms=terms)
+
+
+def _tfidf(config: EmbedConfig, texts: pa.ChunkedArray, train: np.ndarray) -> tuple[Any, list[str], np.ndarray]:
+    """TF-IDF of the training items' texts, sparse [N, T]; the T terms that two or more of them have; their IDF [T]."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     known = train & texts.is_valid().to_numpy()
     tfidf = TfidfVectorizer(max_features=config.text_features, min_df=2, **TFIDF)
     try:
-        fitted = tfidf.fit_transform(texts.fill_null("").to_numpy(zero_copy_only=False)[known])
-        terms = fitted.shape[1]
+        tfidf_NT = tfidf.fit_transform(texts.fill_null("").to_numpy(zero_copy_only=False)[known])
     except ValueError:  # scikit-learn found no term
-        terms = 0
-    if terms < 2:
-        raise ValueError(
-            f"embed: the training items' texts share {terms} term(s), {int(known.sum())} items have a text; "
-            "SVD needs 2 terms: give the source longer texts, or text vectors"
-        )
-    svd = TruncatedSVD(min(config.text_dim, min(fitted.shape) - 1), random_state=config.seed).fit(fitted)
-    arrays = {"text.idf": tfidf.idf_, "text.svd": svd.components_}
-    return replace(fit, arrays=arrays, terms=[str(term) for term in tfidf.get_feature_names_out()])
+        return None, [], np.empty(0)
+    return tfidf_NT, [str(term) for term in tfidf.get_feature_names_out()], tfidf.idf_
 
 
 def embed_texts(fit: Fit, texts: pa.ChunkedArray) -> np.ndarray:

@@ -61,6 +61,7 @@ VALIDATE = ValidateConfig(
     spreads=5.0,
     min_day_rows=100,
     max_missing_share=0.5,
+    max_label_leak=0.9,
 )
 
 

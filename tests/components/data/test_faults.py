@@ -12,7 +12,7 @@ import pytest
 
 from components.common.contracts import Canonical
 from components.data import ingest, validate
-from components.data.frames import figure_frame, recent_days
+from components.data.frames.days import figure_frame, recent_days
 from components.data.sources import simulator
 from tests.components.data.faults import CONFIG, DAYS, FAULTS, RULES, Corpus, Fault, day_of, right, table_of_faults
 from tests.components.small_world import PROJECT, ingest_config, ingest_tables

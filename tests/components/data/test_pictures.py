@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -29,7 +30,17 @@ from components.common.artifacts import folder_hash, read_json
 from components.common.contracts import PICTURES, Canonical
 from components.common.dataset import Dataset
 from components.data import ingest, pictures
-from components.data.pictures import ABSENT, BROKEN, LARGE, OUTSIDE, VAST, UnreadableError, decode
+from components.data.pictures import (
+    ABSENT,
+    BROKEN,
+    LARGE,
+    NOT_NAMED,
+    NOT_PUBLIC,
+    OUTSIDE,
+    VAST,
+    UnreadableError,
+    decode,
+)
 from components.data.sources import RawTables
 from components.data.sources.files import FilesConfig
 from components.features import dataset, embed, features
@@ -290,18 +301,26 @@ def test_nothing_outside_of_raw_is_opened_behind_a_url(tmp_path: Path) -> None:
         assert set(left_out["reason"].to_pylist()) == {OUTSIDE}
 
 
+LOOPBACK = ["127.0.0.1"]
+
+
 @contextmanager
-def web(served: dict[str, bytes]) -> Iterator[str]:
-    """The address of a server of the files, which says how long none of them is and sends it bit by bit."""
+def web(served: dict[str, bytes | str], asked: list[str] | None = None, address: str = "127.0.0.1") -> Iterator[str]:
+    """A server of the files, sent bit by bit without their length; a str is a redirect. `asked` gets each request."""
 
     class Answers(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.send_response(200 if self.path in served else 404)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
+            if asked is not None:
+                asked.append(self.headers["Host"] + self.path)
             content = served.get(self.path, b"not found")
+            self.send_response(302 if isinstance(content, str) else 200 if self.path in served else 404)
+            self.send_header("Transfer-Encoding", "chunked")
+            if isinstance(content, str):
+                self.send_header("Location", content)
+                content = b""
+            self.end_headers()
             try:
                 for start in range(0, len(content), 1000):
                     part = content[start : start + 1000]
@@ -315,9 +334,9 @@ def web(served: dict[str, bytes]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    with ThreadingHTTPServer((address, 0), Answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{address}:{server.server_port}"
         server.shutdown()
 
 
@@ -329,9 +348,93 @@ def test_pictures_of_the_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pictures, "MAX_BYTES", 20_000)
     with web({"/small.png": small, "/large.png": large}) as address:
         places = dict(enumerate([f"{address}/small.png", f"{address}/large.png", f"{address}/no.png"]))
-        left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet")
+        left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", LOOPBACK)
     assert left_out["reason"].to_pylist() == [LARGE, ABSENT]
     assert next(Canonical(tmp_path).pictures()).to_pylist() == [{"item_id": 0, "image": small}]
+
+
+def test_only_named_hosts_are_asked(tmp_path: Path) -> None:
+    """By default none is, and the summary says once what to do."""
+    asked: list[str] = []
+    with web({"/a.png": encoded(drawn(0))}, asked) as address:
+        places = {1: f"{address}/a.png", 2: f"{address}/a.png", 3: address.replace("//", "//127.0.0.1@localhost:1/#")}
+        for hosts in ([], ["example.com"]):
+            left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", hosts)
+            assert left_out["reason"].to_pylist() == [NOT_NAMED] * 3
+            summary = pictures.told(left_out)
+            assert f"{NOT_NAMED}: 3, e.g. {address}/a.png of item 1: 127.0.0.1 is not fetched from; if" in summary
+            assert summary.count("add it to ingest.picture_hosts") == 1
+        assert asked == []
+        left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", LOOPBACK)
+        assert left_out["item_id"].to_pylist() == [3]  # what stands before the @ is no host
+        assert len(asked) == 2
+
+
+def test_an_address_that_is_not_public_must_be_named_itself(tmp_path: Path) -> None:
+    """A named host whose name leads to the machine itself, or into its network, is not asked."""
+    asked: list[str] = []
+    file = tmp_path / "pictures.parquet"
+    with web({"/a.png": encoded(drawn(0))}, asked) as address:
+        places = {1: address.replace("127.0.0.1", "localhost") + "/a.png"}
+        left_out = pictures.copy(named(places), str(tmp_path), file, ["localhost"])
+        assert left_out["reason"].to_pylist() == [NOT_PUBLIC] and asked == []
+        assert "127.0.0.1; if you trust it, add the address to ingest.picture_hosts too" in pictures.told(left_out)
+        assert len(pictures.copy(named(places), str(tmp_path), file, ["LOCALHOST", *LOOPBACK])) == 0
+        assert asked[0].startswith("localhost:")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fd00::1",
+     "fe80::1%lo", "::ffff:127.0.0.1"],
+)  # fmt: skip
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not pictures._is_public(address)
+    assert pictures._is_public("151.101.1.1") and pictures._is_public("2606:4700::1111")
+
+
+def test_the_checked_address_is_the_one_that_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is looked up once: one that leads elsewhere the next time (DNS rebinding) is not looked up again."""
+    lookups: list[str] = []
+    real = socket.getaddrinfo
+
+    def rebinding(host: str | bytes | None, *args: Any, **kwargs: Any) -> Any:
+        if host not in ("pictures.example", b"pictures.example"):
+            return real(host, *args, **kwargs)
+        lookups.append("127.0.0.1" if not lookups else "127.0.0.2")
+        return real(lookups[-1], *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    asked: list[str] = []
+    with web({"/a.png": encoded(drawn(0))}, asked) as address:
+        places = {1: address.replace("127.0.0.1", "pictures.example") + "/a.png"}
+        hosts = ["pictures.example", *LOOPBACK]
+        assert len(pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", hosts)) == 0
+        assert lookups == ["127.0.0.1"] and len(asked) == 1
+        left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", hosts)
+    assert lookups == ["127.0.0.1", "127.0.0.2"] and len(asked) == 1
+    assert left_out["reason"].to_pylist() == [NOT_PUBLIC]
+
+
+def test_a_redirect_leads_to_named_hosts_alone(tmp_path: Path) -> None:
+    inside: list[str] = []
+    with web({"/secret.png": encoded(drawn(0))}, inside, "127.0.0.2") as secret:
+        port = secret.rpartition(":")[2]
+        redirects = {
+            "/address.png": f"{secret}/secret.png",
+            "/name.png": f"http://localhost:{port}/secret.png",
+            "/file.png": "file:///etc/passwd",
+            "/round.png": "/round.png",
+            "/twice.png": "/address.png",
+            "/good.png": "/a.png",
+            "/a.png": encoded(drawn(1)),
+        }
+        with web(redirects) as address:
+            places = {item: f"{address}{path}" for item, path in enumerate(redirects)}
+            left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", LOOPBACK)
+    assert left_out["reason"].to_pylist() == [NOT_NAMED, NOT_NAMED, ABSENT, ABSENT, NOT_NAMED]
+    assert inside == []
+    assert next(Canonical(tmp_path).pictures())["item_id"].to_pylist() == [5, 6]
 
 
 def test_a_server_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,11 +444,11 @@ def test_a_server_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.
         patience.start()
         place = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
         began = time.monotonic()
-        left_out = pictures.copy(named({1: place}), str(tmp_path), tmp_path / "pictures.parquet")
+        left_out = pictures.copy(named({1: place}), str(tmp_path), tmp_path / "pictures.parquet", LOOPBACK)
         patience.cancel()
     assert time.monotonic() - began < 5
     assert left_out["reason"].to_pylist() == [ABSENT]
-    assert "mend the path or the access to it" in pictures.told(left_out)
+    assert "correct the path or the access to it" in pictures.told(left_out)
 
 
 def test_of_a_vast_file_behind_a_url_no_more_is_fetched_than_is_looked_at(
@@ -412,14 +515,12 @@ EMBED = EmbedConfig(dim=4, text_features=10, text_dim=3, text_encoder=None, imag
 
 
 def test_from_files_to_a_dataset(tmp_path: Path) -> None:
-    """Relative to ingest.raw, absolute, and on the web; validated, embedded, and no feature is made of a path."""
+    """Relative to ingest.raw and absolute; validated, embedded, and no feature is made of a path."""
     folders = Folders(tmp_path)
-    with web({"/2.png": PHOTOS[2]}) as address:
-        places = {1: str(tmp_path / "raw" / "photos" / "1.png"), 2: f"{address}/2.png"}
-        mapping = world(tmp_path / "raw", {i: p for i, p in PHOTOS.items() if i != 2}, places)
-        config = ingest_config("files", f"{tmp_path}/raw/", None, mapping)
-        facts = ingest.run(config, folders.canonical)
-        again = ingest.run(config, tmp_path / "again")
+    mapping = world(tmp_path / "raw", PHOTOS, {1: str(tmp_path / "raw" / "photos" / "1.png")})
+    config = ingest_config("files", f"{tmp_path}/raw/", None, mapping)
+    facts = ingest.run(config, folders.canonical)
+    again = ingest.run(config, tmp_path / "again")
     assert facts["pictures"] == {"named": 29, "written": 29, "left_out": {}}
     data = Canonical(folders.canonical)
     assert data.items().column_names == ["item_id", "created_at", "title", "tags", "text", "kind"]

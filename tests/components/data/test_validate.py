@@ -7,8 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,20 @@ from components.common.artifacts import write_json
 from components.common.contracts import HISTORIES, HISTORY, Canonical
 from components.common.splits import SplitConfig
 from components.common.verdict import require
-from components.data import frames, ingest, rules, validate
+from components.data import ingest, rules, validate
+from components.data.frames import days as frames_of_days
+from components.data.frames.columns import column_frame, tells_label
+from components.data.frames.days import day_frame, figure_frame, recent_days
+from components.data.frames.rows import event_frame
+from components.data.frames.vectors import vector_frame
 from components.data.sources import RawTables, simulator
-from components.data.validate import ValidateConfig
+from components.data.sources.files import TableConfig
+from components.data.thresholds import CHANCE, FLOORS, SIGMA, ValidateConfig
 from components.features import embed, features, views
 from tests.components.small_world import (
+    NO_FILES,
     PROJECT,
+    UNTIL,
     VALIDATE,
     ingest_config,
     ingest_simulator,
@@ -208,7 +215,7 @@ def test_the_error_says_where_to_look(cells: Judged) -> None:
 def rows(planter: Callable[[], Planter]) -> Judged:
     """Whole rows: a future time, nulls, lengths, zero and stranger's vectors, a repeated user, repeated impressions."""
     planted = planter()
-    planted.day("2024-03-08", put("timestamp", {0: datetime(2024, 3, 9, 5, tzinfo=ZONE)}))
+    planted.day("2024-03-08", put("timestamp", {0: datetime(2024, 3, 9, 5, tzinfo=UTC)}))
     planted.day("2024-03-07", put("label", {0: None}))
     planted.day("2024-03-06", lambda t: pa.concat_tables([t, t.slice(0, 30)]))
     planted.edit("modalities/text.parquet", put("vector", {2: [1.0, 2.0], 3: []}))
@@ -296,7 +303,7 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
     assert thin["off"] == pytest.approx(-np.log(10) / (np.log(2) + 4 / np.sqrt(40)))
     # each day is beside the days before it, never beside itself
     config = replace(VALIDATE, trailing_days=2)
-    frame = frames.day_frame(frames.recent_days(Canonical(planted.root), config, None), config)
+    frame = day_frame(recent_days(Canonical(planted.root), config, None), config)
     assert frame["usual_rows"].tolist() == [220, 220] and frame["rows"].tolist() == [400, 400]
     (stale,) = found.examples("freshness", "age_hours")
     assert 36 < stale["age_hours"] < 37
@@ -306,10 +313,10 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
 def test_the_judged_days(clean: Path) -> None:
     """The calendar's newest days, each beside the median of those before it."""
     data = Canonical(clean)
-    until = datetime(2024, 3, 9, tzinfo=ZONE)
+    until = datetime(2024, 3, 9, tzinfo=UTC)
 
     def days(config: ValidateConfig = VALIDATE, until: datetime | None = until) -> pd.DataFrame:
-        return frames.day_frame(frames.recent_days(data, config, until), config)
+        return day_frame(recent_days(data, config, until), config)
 
     frame = days()
     assert list(frame["day"].dt.day) == [4, 5, 6, 7, 8]
@@ -322,13 +329,13 @@ def test_the_judged_days(clean: Path) -> None:
     # a volume that says nothing is not judged
     config = replace(VALIDATE, min_day_rows=401)
     assert days(config)[["rows_if_judged", "label_rate"]].isna().all(axis=None)
-    assert frames.figure_frame(frames.recent_days(data, config, until), data, config).empty
+    assert figure_frame(recent_days(data, config, until), data, config).empty
 
 
 @pytest.mark.parametrize("hour", [6, 12])
 def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither at `until`, nor, where that is null, now."""
-    now = datetime(2024, 3, 8, hour, tzinfo=ZONE)
+    now = datetime(2024, 3, 8, hour, tzinfo=UTC)
     facts = ingest.run(ingest_config(until=now.isoformat()), tmp_path / "canonical")
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
     found = judged(tmp_path / "canonical")
@@ -341,7 +348,7 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
         def now(cls, tz: Any = None) -> datetime:
             return now
 
-    monkeypatch.setattr(frames, "datetime", Clock)
+    monkeypatch.setattr(frames_of_days, "datetime", Clock)
     Planter(tmp_path / "canonical").until(None)
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
@@ -397,8 +404,8 @@ def test_what_tells_the_label_of_a_timeless_source(tmp_path: Path) -> None:
 
 
 def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
-    data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=ZONE)
-    frame = frames.figure_frame(frames.recent_days(data, VALIDATE, until), data, VALIDATE)
+    data, until = Canonical(clean), datetime(2024, 3, 9, tzinfo=UTC)
+    frame = figure_frame(recent_days(data, VALIDATE, until), data, VALIDATE)
     events = data.events().to_pandas()
     events["day"] = events["timestamp"].dt.day
     events = events.merge(data.users().to_pandas(), on="user_id")
@@ -427,26 +434,102 @@ def test_figures_equal_those_computed_one_by_one(clean: Path) -> None:
     assert rate["value"] == pytest.approx(odds[7]) and rate["usual"] == pytest.approx(odds.loc[2:6].median())
     spread = (odds.loc[2:6] - odds.loc[2:6].median()).abs().median()
     p = (clicks.sum() + 0.5) / (8 * 400 + 1)  # of the eight days, all of which are among twice `trailing_days`
-    chance = frames.CHANCE / np.sqrt(400 * p * (1 - p))
-    assert rate["allowed"] == pytest.approx(frames.FLOORS["label_rate"] + 5 * frames.SIGMA * spread + chance)
+    chance = CHANCE / np.sqrt(400 * p * (1 - p))
+    assert rate["allowed"] == pytest.approx(FLOORS["label_rate"] + 5 * SIGMA * spread + chance)
 
 
-def test_what_a_feature_tells_of_the_label(clean: Path) -> None:
-    """Cramér's V of Bergsma 2013, by its formula, on the day where it is highest."""
+def told_one_by_one(code: np.ndarray, label: np.ndarray) -> float:
+    """Each row's label beside the mean of the other rows of its value, by pandas."""
+    rows = pd.DataFrame({"code": code, "label": label})
+    rows = rows[rows.duplicated("code", keep=False)]
+    group = rows.groupby("code")["label"]
+    others = (group.transform("sum") - rows["label"]) / (group.transform("size") - 1)
+    away = rows["label"] - rows["label"].mean()
+    return float(np.sqrt(max(0, (away * (others - rows["label"].mean())).sum() / (away**2).sum())))
+
+
+def test_how_well_a_feature_predicts_the_label(clean: Path) -> None:
+    """On the day where it is highest, or over all judged days."""
     data = Canonical(clean)
-    recent = frames.recent_days(data, VALIDATE, None)
-    found = frames.column_frame(recent, data).set_index("column")["tells_label"]
-    events = data.events().to_pandas()
-    events["day"] = events["timestamp"].dt.day
-    best = []
-    for day in range(4, 9):
-        counts = pd.crosstab(*(events.loc[events["day"] == day, name] for name in ("device", "label"))).to_numpy()
-        n, k = counts.sum(), len(counts)
-        expected = counts.sum(axis=1, keepdims=True) * counts.sum(axis=0) / n
-        phi = ((counts - expected) ** 2 / expected).sum() / n
-        width = min(k - (k - 1) ** 2 / (n - 1), 2 - 1 / (n - 1)) - 1
-        best.append((max(0, phi - (k - 1) / (n - 1)) / width) ** 0.5)
-    assert found["device"] == pytest.approx(max(best))
+    recent = recent_days(data, VALIDATE, None)
+    found = column_frame(recent, data, VALIDATE).set_index("column")["tells_label"]
+    events = data.events().to_pandas().merge(data.users().to_pandas(), on="user_id", how="left")
+    day = events["timestamp"].dt.day
+    for name in ("device", "region", "age_group"):
+        parts = [events[day == one] for one in range(4, 9)] + [events[day >= 4]]
+        wanted = max(told_one_by_one(part[name], part["label"]) for part in parts)
+        assert found[name] == pytest.approx(wanted)
+
+
+def test_how_well_columns_of_many_values_predict_the_label() -> None:
+    """Values that say nothing stay near 0 and copies of the label come to 1, however few rows a value has."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(20_000) < 0.2).astype(np.int8)
+    for values in (2, 500, 5_000, 20_000):
+        nothing = rng.integers(0, values, len(label))
+        assert tells_label(nothing, label, 200) < 0.2
+        assert tells_label(2 * nothing + label, label, 200) == pytest.approx(1)
+    few = rng.permutation(20_000) // 2  # every value twice
+    assert tells_label(few, label, 200) == pytest.approx(told_one_by_one(few, label))
+    assert tells_label(2 * few + label, label, 200) == pytest.approx(1)
+    assert tells_label(np.arange(20_000), label, 200) == 0  # no value comes again: no model can learn from it
+    two = np.where(np.arange(20_000) < 2, 0, np.arange(20_000)) * 2 + label
+    assert tells_label(two, label, 200) == 0  # and two rows are too few to say anything
+
+
+def tabular(rows: int, seed: int, leak: bool = False) -> pa.Table:
+    """The README's tabular data with a user and an item of thousands of values; users differ in how often they click.
+    The leak is a session of a few rows whose name follows from the label."""
+    rng = np.random.default_rng(seed)
+    world = np.random.default_rng(99)
+    taste, charm = world.normal(0, 4.5, 3_000), world.normal(0, 0.7, 2_000)
+    user, item = rng.integers(0, len(taste), rows), rng.integers(0, len(charm), rows)
+    label = rng.random(rows) < 1 / (1 + np.exp(-taste[user] - charm[item]))
+    session = 2 * rng.integers(0, 5_000, rows) + (label if leak else rng.integers(0, 2, rows))
+    return pa.table(
+        {
+            "label": label.astype(np.int8),
+            "user": [f"{value:08x}" for value in user],
+            "item": [f"{value:08x}" for value in item],
+            "session": [f"{value:08x}" for value in session],
+        }
+    )
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_tabular_data_with_thousands_of_users_and_items(leak: bool, tmp_path: Path) -> None:
+    """A user's clicks say much about that user's next one; that is no leak. A session named after the label is."""
+    (tmp_path / "raw").mkdir()
+    for seed, (part, rows) in enumerate({"train": 16_000, "valid": 2_000, "test": 2_000}.items()):
+        pq.write_table(tabular(rows, seed, leak), tmp_path / "raw" / f"{part}.parquet")
+    table = TableConfig(
+        path={part: f"{part}.parquet" for part in ("train", "valid", "test")},
+        columns={}, categorical=["user", "item", "session"], numeric=[],
+    )  # fmt: skip
+    config = ingest_config("files", str(tmp_path / "raw"), None, replace(NO_FILES, events=table))
+    ingest.run(config, tmp_path / "canonical")
+    found = judged(tmp_path / "canonical")
+    if not leak:
+        assert (found.error, found.broken) == ("", set())
+        return
+    assert found.broken == {"columns.tells_label: column_values_to_be_between"}
+    (example,) = found.examples("columns", "tells_label")
+    assert example["column"] == "session" and example["tells_label"] == pytest.approx(1)
+    assert "leave it out of the data if it is only known after the click, or raise validate.max_label_leak" in (
+        found.error
+    )
+    assert judged(tmp_path / "canonical", replace(VALIDATE, max_label_leak=1.0)).error == ""  # the remedy that it names
+
+
+def test_a_leak_whose_values_repeat_over_days_alone(clean: Path, tmp_path: Path) -> None:
+    """A name that each day has once: no day shows the leak, the days together do."""
+    raw = simulator.read(ingest_config())
+    label = raw.events["label"].to_numpy()
+    day = raw.events["timestamp"].to_numpy().astype("datetime64[D]").astype(int)
+    rank = pd.Series(label).groupby([day, label]).cumcount().to_numpy()
+    events = raw.events.append_column("ticket", pa.array(2 * rank + label).cast(pa.string()))
+    ingest_tables(replace(raw, events=events), tmp_path / "canonical", UNTIL)
+    assert judged(tmp_path / "canonical").broken == {"columns.tells_label: column_values_to_be_between"}
 
 
 def test_vector_frame_equals_rows_computed_one_by_one() -> None:
@@ -454,7 +537,7 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     vectors = [None if i % 5 == 0 else rng.normal(size=3 + (i == 7)).tolist() for i in range(20)]
     vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
     table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
-    frame = frames.vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
+    frame = vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
     there = [i for i in range(20) if vectors[i] is not None]
     assert frame["item_id"].tolist() == there
     assert frame["item_is_known"].tolist() == [i < 19 for i in there]
@@ -464,10 +547,10 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
     log = np.log([norm or np.nan for norm in norms])
     away = log - np.nanmedian(log)
-    allowed = np.log(4) + 5 * frames.SIGMA * np.nanmedian(np.abs(away))
+    allowed = np.log(4) + 5 * SIGMA * np.nanmedian(np.abs(away))
     assert frame["off"].to_numpy() == pytest.approx(away / allowed, abs=1e-6, nan_ok=True)
     assert frame["off"].isna().tolist() == [i == 3 for i in there]  # of zeros there is no logarithm
-    assert frames.vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
+    assert vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
 
 
 # ---- what may go on ---------------------------------------------------------------------------------------------
@@ -518,8 +601,8 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
 
 def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path) -> None:
     data = Canonical(clean)
-    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(ZONE)
-    columns = frames.event_frame(data).columns
+    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(UTC)
+    columns = event_frame(data).columns
     (limit,) = (
         r for r in rules.event_rules(None, columns) if r.column == "timestamp" and "between" in r.expectation_type
     )

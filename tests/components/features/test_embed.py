@@ -62,6 +62,11 @@ def embedded(raw: RawTables, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(raw, tmp_path_factory.mktemp("embed"))
 
 
+def untitled(raw: RawTables) -> RawTables:
+    """Without the titles, which are embedded if no item has a text."""
+    return replace(raw, items=with_column(raw.items, "title", [None] * len(raw.items)))
+
+
 def vectors(folder: Path) -> dict[int, np.ndarray | None]:
     rows = pq.read_table(folder / "item_embedding.parquet").to_pylist()
     return {
@@ -198,11 +203,15 @@ def test_dim_too_large(raw: RawTables, tmp_path: Path) -> None:
     run(raw, tmp_path / "fits", replace(CONFIG, dim=11))
 
 
-def test_no_modality_at_all(raw: RawTables, tmp_path: Path) -> None:
-    folder = run(replace(raw, modalities={}), tmp_path)
+@pytest.mark.parametrize("titles", ["no title", "ids", "no word twice"])
+def test_no_modality_at_all(titles: str, raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = raw.items["item_id"].to_pylist()
+    given = {"no title": [None] * len(ids), "ids": list(map(str, ids)), "no word twice": [f"Item word{i}" for i in ids]}
+    folder = run(replace(raw, items=with_column(raw.items, "title", given[titles]), modalities={}), tmp_path)
     assert set(vectors(folder).values()) == {None}
     facts = json.loads((folder / "fit.json").read_text())
     assert (facts["dim"], facts["missing_all"], facts["modalities"]) == (0, len(raw.items), [])
+    assert "their titles share too few words: nothing is embedded" in capsys.readouterr().out
 
 
 def test_vectors_are_those_of_a_pca_of_all_at_once(embedded: Path, raw: RawTables, monkeypatch) -> None:
@@ -299,7 +308,7 @@ def test_training_items_that_nothing_tells_apart(kept: str, raw: RawTables, tmp_
     given, have = (alone, 0) if kept == "of new items alone" else (same, int(trained.sum()))
     told = rf"the {len(shown)} training items have the same vector or none \({{'image': {have}}}\).*; give items that"
     with pytest.raises(ValueError, match=told):
-        run(replace(raw, modalities={"image": given}), tmp_path, replace(CONFIG, dim=2))
+        run(replace(untitled(raw), modalities={"image": given}), tmp_path, replace(CONFIG, dim=2))
     assert not (tmp_path / "embedding").exists()
 
 
@@ -386,6 +395,50 @@ def test_the_version_tells_the_words(raw: RawTables, tmp_path: Path) -> None:
     assert version(folders[0]) != version(folders[1])
 
 
+def with_titles(raw: RawTables) -> RawTables:
+    """As a user's items.csv with titles and tags: no text, no vectors; every ninth item has its id for a title."""
+    ids, texts = raw.items["item_id"].to_pylist(), with_texts(raw).items["text"].to_pylist()
+    titles = [str(item) if text is None else text for item, text in zip(ids, texts, strict=True)]
+    return replace(raw, items=with_column(raw.items, "title", titles), modalities={})
+
+
+def test_titles_are_embedded_if_no_item_has_a_text(
+    raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As texts with the same words; the facts and the printed line say that it was titles."""
+    folder = run(with_titles(raw), tmp_path / "titles", replace(CONFIG, dim=3))
+    facts, items = json.loads((folder / "fit.json").read_text()), len(raw.items)
+    assert (facts["dim"], facts["encoders"], facts["modalities"]) == (3, {"text": "TF-IDF of titles"}, ["text"])
+    missing = facts["missing"]["text"]
+    assert missing == with_texts(raw).items["text"].null_count == facts["missing_all"] > 0
+    assert f"text: TF-IDF of titles, {items - missing} of {items} items" in capsys.readouterr().out
+    texts = run(with_texts(raw), tmp_path / "texts", replace(CONFIG, dim=3))
+    assert version(folder) != version(texts)
+    for item, vector in vectors(texts).items():
+        np.testing.assert_array_equal(vectors(folder)[item], vector)
+    with pytest.raises(ValueError, match=r"fitted on text by TF-IDF of titles, here are text by TF-IDF; set"):
+        run(with_texts(raw), tmp_path / "mixed", replace(CONFIG, dim=3, fit=str(folder)))
+
+
+def test_a_title_is_not_embedded_if_items_have_texts(raw: RawTables, tmp_path: Path) -> None:
+    texts = with_texts(raw)
+    titled = replace(texts, items=with_column(texts.items, "title", with_titles(raw).items["title"].to_pylist()))
+    folders = [run(tables, tmp_path / name, replace(CONFIG, dim=3)) for name, tables in (("a", texts), ("b", titled))]
+    assert folder_hash(folders[0]) == folder_hash(folders[1])
+
+
+def test_titles_are_embedded_by_an_earlier_fit(raw: RawTables, tmp_path: Path) -> None:
+    """If it was made of titles. A fit that was made without any embeds no titles later."""
+    given = with_titles(raw)
+    first = run(given, tmp_path / "first", replace(CONFIG, dim=3))
+    again = run(given, tmp_path / "again", replace(CONFIG, dim=3, fit=str(first)))
+    assert folder_hash(first) == folder_hash(again)
+    images = replace(given, modalities={"image": raw.modalities["image"]})
+    before = run(untitled(images), tmp_path / "before", replace(CONFIG, dim=3))
+    after = run(images, tmp_path / "after", replace(CONFIG, dim=3, fit=str(before)))
+    assert folder_hash(before) == folder_hash(after)
+
+
 # ---- encoders ---------------------------------------------------------------------------------------------------
 
 
@@ -447,7 +500,7 @@ def test_an_encoder_that_has_nothing_to_encode(raw: RawTables, sentences: Path, 
     with pytest.raises(ValueError, match=told.format("text")):  # its texts have vectors
         run(replace(with_texts(raw), modalities=raw.modalities), tmp_path / "1", replace(CONFIG, text_encoder="any"))
     with pytest.raises(ValueError, match=told.format("text")):  # it has no texts
-        run(replace(raw, modalities={}), tmp_path / "2", replace(CONFIG, text_encoder=str(sentences)))
+        run(replace(untitled(raw), modalities={}), tmp_path / "2", replace(CONFIG, text_encoder=str(sentences)))
     with pytest.raises(ValueError, match=told.format("image")):
         run(raw, tmp_path / "3", replace(CONFIG, image_encoder="any"))
 
@@ -456,8 +509,9 @@ def test_an_encoder_that_has_nothing_to_encode(raw: RawTables, sentences: Path, 
 
 
 def with_pictures(raw: RawTables, folder: Path, more: dict[int, Image.Image] | None = None) -> RawTables:
-    """Pictures of noise for some items, and no vectors; and `more` items, with pictures of their own."""
+    """Pictures of noise for some items, no vectors, no titles; and `more` items, with pictures of their own."""
     folder.mkdir(parents=True)
+    raw = untitled(raw)
     rng = np.random.default_rng(0)
     ids = raw.items["item_id"].to_pylist()
     drawn = {i: Image.fromarray(rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)) for i in ids[1::10] + ids[2::3]}

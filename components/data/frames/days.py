@@ -1,0 +1,172 @@
+"""The newest days beside the days before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from components.common.contracts import ARRIVAL, HISTORY, Canonical
+from components.data.frames.rows import features, partition_days
+from components.data.thresholds import CHANCE, DAYS, FLOORS, SIGMA, WEEK, WEEKS, ValidateConfig
+
+DAY = np.timedelta64(1, "D")
+BUCKETS = 4096  # values of a feature that are counted apart; beyond it they share counts
+
+
+@dataclass(frozen=True)
+class Recent:
+    """The days that are judged and those that they are beside; shapes: D days, R rows of theirs."""
+
+    days: np.ndarray  # datetime64[D], every day of the calendar
+    judged_D: np.ndarray  # bool: among the newest, and days with enough rows before it
+    enough_D: np.ndarray  # bool: among the newest, and with enough rows of its own
+    rows_D: np.ndarray
+    usual_D: np.ndarray  # median rows of the days before
+    events: pa.Table  # of the days
+    day_R: np.ndarray  # index into days
+    returns_R: np.ndarray  # bool: the user has an event on an earlier day
+    repeats_R: np.ndarray  # bool: an earlier event has the user, the item and the time of day
+
+    def count(self, which_R: np.ndarray) -> np.ndarray:
+        """How many rows of a day are marked: int64 [D]."""
+        return np.bincount(self.day_R, weights=which_R, minlength=len(self.days))
+
+    def table(self, code_R: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """How often a day has a code: float64 [D, codes]; a negative code is none."""
+        code_R = np.where(code_R < 0, -1, code_R % BUCKETS)
+        wide, has = int(code_R.max(initial=0)) + 1, code_R >= 0
+        cell = self.day_R[has] * wide + code_R[has]
+        found = np.bincount(cell, None if weights is None else weights[has], minlength=len(self.days) * wide)
+        return found.reshape(len(self.days), wide).astype(np.float64)
+
+
+def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None) -> Recent:
+    """The newest `trailing_days` days of the calendar that are over, and those that tell what is usual on them.
+
+    The times of a source that gives its histories are an order and no more: all of its rows are one day, with none
+    before it.
+    """
+    events, day, last = data.events(), partition_days(data), last_day(data, until)
+    if HISTORY[0] in events.column_names:
+        day = np.full(len(day), last)
+    before = max(config.trailing_days, WEEK * WEEKS)
+    first = min(last, max(day.min(), last - (config.trailing_days + before - 1) * DAY))
+    days = np.arange(first, last + DAY)
+    user = pd.factorize(events["user_id"].to_numpy())[0]
+    start = np.flatnonzero(np.diff(np.maximum.accumulate(user), prepend=-1))  # events lie in time order
+    time = events["timestamp"].cast(pa.int64()).fill_null(0).to_numpy()
+    key = {"user": user, "item": events["item_id"].to_numpy(), "time": time % (86_400 * 1_000_000)}
+    recent = (day >= first) & (day <= last)
+    day_R = ((day[recent] - first) // DAY).astype(np.int64)
+    rows_D = np.bincount(day_R, minlength=len(days))
+    usual_D = _before(rows_D.astype(float), config.trailing_days)[0]
+    newest = np.arange(len(days)) >= len(days) - config.trailing_days
+    return Recent(
+        days=days,
+        judged_D=newest & (usual_D >= config.min_day_rows),
+        enough_D=newest & (rows_D >= config.min_day_rows),
+        rows_D=rows_D,
+        usual_D=usual_D,
+        events=events.filter(pa.array(recent)),
+        day_R=day_R,
+        returns_R=(day[start[user]] < day)[recent],
+        repeats_R=pd.DataFrame(key).duplicated().to_numpy()[recent],
+    )
+
+
+def last_day(data: Canonical, until: datetime | None) -> np.datetime64:
+    """The newest day that is over at `until`, be it empty; where that is null, the newest with events that is over now.
+
+    A part of a day has neither the rows nor the hours of a day.
+    """
+    over = np.datetime64((until or datetime.now(UTC)).replace(tzinfo=None), "D") - DAY
+    return over if until else min([over, *np.array(data.days()[-1:], dtype="datetime64[D]")])
+
+
+def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
+    """The newest `trailing_days` days: rows, clicked share."""
+    clicks = recent.count(recent.events["label"].fill_null(0).to_numpy())
+    with np.errstate(invalid="ignore"):
+        rate = clicks / recent.rows_D
+    frame = pd.DataFrame({"day": recent.days, "rows": recent.rows_D, "usual_rows": recent.usual_D})
+    frame["rows_if_judged"] = frame["rows"].where(recent.judged_D)
+    frame["label_rate"] = np.where(recent.enough_D, rate, np.nan)
+    return frame.tail(config.trailing_days).reset_index(drop=True)
+
+
+def figure_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.DataFrame:
+    """One row a judged day and figure: `value`, what is `usual`, how far it is `allowed` to lie from it, and `off`, its
+    distance in units of that. The last is what the rules judge.
+
+    Usual is the median of the days before or, where the day is nearer to it, that of the same weekday in the weeks
+    before: a week has its rhythm.
+    """
+    tables = []
+    for figure, of, value_D, chance_D in _figures(recent, data, config.trailing_days):
+        beside = (_before(value_D, config.trailing_days), _before(value_D, WEEKS, WEEK))
+        usual_BD, spread_BD = map(np.stack, zip(*beside, strict=True))
+        allowed_BD = FLOORS[figure] + config.spreads * SIGMA * spread_BD + CHANCE * chance_D
+        off_BD = (value_D - usual_BD) / allowed_BD
+        weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False where too few weeks are there
+        told = {"day": recent.days, "figure": figure, "of": of, "value": value_D}
+        for name, (days_D, weeks_D) in {"usual": usual_BD, "allowed": allowed_BD, "off": off_BD}.items():
+            told[name] = np.where(weekly_D, weeks_D, days_D)
+        tables.append(pd.DataFrame(told)[recent.judged_D])
+    return pd.concat(tables, ignore_index=True)
+
+
+def _figures(recent: Recent, data: Canonical, width: int) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """(figure, the column that it is of, its value [D], a standard deviation that its number of rows gives it [D])."""
+    events, rows_D = recent.events, np.where(recent.rows_D, recent.rows_D, np.nan).astype(float)
+    clicks_D = recent.count(events["label"].fill_null(0).to_numpy())
+    odds_D = (clicks_D + 0.5) / (rows_D - clicks_D + 0.5)
+    rate = (clicks_D.sum() + 0.5) / (np.nansum(rows_D) + 1)
+    yield "volume", "", np.log(rows_D), rows_D**-0.5
+    yield "label_rate", "", np.log(odds_D), (rows_D * rate * (1 - rate)) ** -0.5
+    time_R = events["timestamp"].cast(pa.int64()).fill_null(0).to_numpy()
+    hours_D = recent.table(time_R // 3_600_000_000 % 24)
+    item_R = pd.factorize(events["item_id"].to_numpy())[0]
+    user_R = pd.factorize(events["user_id"].to_numpy())[0]
+    shares = {
+        "repeated": recent.count(recent.repeats_R) / rows_D,
+        "returning": recent.count(recent.returns_R) / rows_D,
+        "top_user": recent.table(user_R).max(axis=1) / rows_D,
+        "top_item": recent.table(item_R).max(axis=1) / rows_D,
+    }
+    if ARRIVAL in events.column_names:
+        arrival_R = events[ARRIVAL].fill_null(0).to_numpy().astype("datetime64[D]")
+        shares["late"] = recent.count(arrival_R > recent.days[recent.day_R] + DAY) / rows_D
+    for figure, share_D in shares.items():
+        yield figure, "", share_D, (share_D * (1 - share_D) / rows_D) ** 0.5
+    yield "hours", "", _distance(hours_D, width), 0 * rows_D
+    for name, code_R in features(events, data):
+        missing_D = recent.count(code_R < 0) / rows_D
+        yield "missing", name, missing_D, (missing_D * (1 - missing_D) / rows_D) ** 0.5
+        yield "mix", name, _distance(recent.table(code_R), width), 0 * rows_D
+
+
+def _before(value_D: np.ndarray, width: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Median, and median absolute deviation, of `width` days before each day, `step` days apart; NaN where fewer than
+    `DAYS` have a value."""
+    padded = np.concatenate([np.full(step * width, np.nan), value_D[:-1]])
+    before_DW = np.lib.stride_tricks.sliding_window_view(padded, step * width)[:, ::step]
+    tells = np.isfinite(before_DW).sum(axis=1) >= min(DAYS, width)
+    median, spread = np.full((2, len(value_D)), np.nan)
+    median[tells] = np.nanmedian(before_DW[tells], axis=1)
+    spread[tells] = np.nanmedian(np.abs(before_DW[tells] - median[tells, None]), axis=1)
+    return median, spread
+
+
+def _distance(count_DV: np.ndarray, width: int) -> np.ndarray:
+    """Total variation (0 to 1) between a day's distribution and that of the `width` days before it together."""
+    total_DV = np.cumsum(count_DV, axis=0)
+    before_DV = total_DV - count_DV
+    before_DV[width + 1 :] -= total_DV[: -width - 1]
+    with np.errstate(invalid="ignore"):
+        now_DV, then_DV = (c / c.sum(axis=1, keepdims=True) for c in (count_DV, before_DV))
+    return 0.5 * np.abs(now_DV - then_DV).sum(axis=1)
