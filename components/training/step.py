@@ -14,6 +14,7 @@ from components.common.dataset import Dataset
 from components.training.config import TrainConfig
 from components.training.parallel import Ranks
 from components.training.state import State
+from models.kernels import choice
 from models.layers import Ranker
 from models.schema import Logits, Part
 
@@ -59,6 +60,7 @@ class Step:
         self.compiled: Callable[[list[Tensor], int], Tensor] | None = None
         if config.compile:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(INDUCTOR.resolve())
+            torch.compiler.assume_constant_result(choice.runs)  # type: ignore[no-untyped-call]
             self.compiled = torch.compile(self.loss, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0

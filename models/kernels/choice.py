@@ -23,9 +23,12 @@ log = logging.getLogger(__name__)
 _forms: dict[tuple[str, torch.dtype | str], str] = {}  # what this process has chosen, by kernel and kind
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, while it traces
 def runs(kernel: str, kind: torch.dtype | str) -> str:
-    """The form that runs: "c", "triton" or "torch". `kind` is cross_step's dtype, or pointer_pool's type of device."""
+    """The form that runs: "c", "triton" or "torch". `kind` is cross_step's dtype, or pointer_pool's type of device.
+
+    Who compiles a model first calls `torch.compiler.assume_constant_result(runs)`, so that torch.compile asks once,
+    while it traces. It is no decorator here, because it imports the compiler, which takes seconds.
+    """
     if (kernel, kind) not in _forms:
         fast, why_not = FAST[kernel]
         if reason := why_not(kind):

@@ -112,6 +112,8 @@ def test_no_triton_is_logged(monkeypatch, caplog, device, cuda, reason):
 
 
 def test_torch_compile_takes_the_answer_for_a_constant():
+    torch.compiler.assume_constant_result(choice.runs)
+
     @torch.compile(fullgraph=True, backend="eager")
     def asked(x):
         return x + 1 if choice.runs("pointer_pool", "mps") == "torch" else x
