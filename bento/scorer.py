@@ -1,4 +1,4 @@
-"""One request's candidates -> click probabilities, in one pass of the model. torch and models/ alone."""
+"""One request's candidates -> click probabilities, in one pass of the model. Needs only torch and models/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.schema import UNKNOWN, bucket, trimmed
 class Scorer:
     """A model folder on the CPU. Safe to call from several threads.
 
-    Raises ValueError where a file is missing, changed, or says nothing of a feature that the schema asks for.
+    Raises ValueError if a file is missing or changed, or has no value for a feature that the schema needs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,13 +59,12 @@ class Scorer:
     ) -> Tensor:
         """Click probabilities, float32 [candidates], in the order of the candidates.
 
-        history  raw item ids, oldest first; unknown ones are dropped, the newest L count
-        profile  the user's attributes; a missing one is encoded as missing, as is a missing one of `context`
+        history  raw item ids, oldest first; unknown ones are dropped, and the newest L are used
+        profile  the user's attributes; here and in `context`, one that is absent is encoded as missing
 
-        The context is encoded as it was for training: a text without the spaces around it, where nothing else is none;
-        a number by its bucket.
-        A candidate that the catalog does not hold is scored as its row for unknown items.
-        Raises ValueError where a context value cannot be encoded.
+        The context is encoded as it was for training: a text without the spaces at its ends, and as missing if nothing
+        is left; a number by its bucket. A candidate that is not in the catalog is scored as an unknown item.
+        Raises ValueError if a context value cannot be encoded.
         """
         item_B = self._rows(candidates)
         B = len(item_B)

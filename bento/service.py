@@ -30,8 +30,8 @@ Id = Annotated[int, Field(strict=True, ge=-(2**63), le=2**63 - 1)]
 
 
 class Request(BaseModel):
-    """history  item ids, oldest first, in place of the online store's; k  how many items to answer
-    context  feature -> value as text, a number as it is; null: it has none
+    """history  item ids, oldest first, in place of the online store's; k  how many items to return
+    context  feature -> value as text, also for numbers; null: missing
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +46,7 @@ class Request(BaseModel):
 class Answer(BaseModel):
     """items and their click probabilities, best first, equal ones in the request's order.
 
-    degraded  what the answer had to do without: unknown_user, unknown_items, missing_context, store_unavailable
+    degraded  what the answer was computed without: unknown_user, unknown_items, missing_context, store_unavailable
     """
 
     version: str
@@ -57,10 +57,10 @@ class Answer(BaseModel):
 
 @bentoml.service(
     name="ctr_ranker",
-    http={"host": "127.0.0.1"},  # who wants to be reached from elsewhere says `--host`
+    http={"host": "127.0.0.1"},  # to be reached from other machines, serve with `--host`
     traffic={"timeout": 10},
     threads=16,  # requests that wait for the online store do not hold up the others
-    tracing={"excluded_urls": ".*"},  # with gc.freeze: twice the requests a second
+    tracing={"excluded_urls": ".*"},  # with gc.freeze, this doubles the requests per second
     logging={"access": {"enabled": False}},
     envs=[{"name": "BENTOML_DO_NOT_TRACK", "value": "True"}],
 )
@@ -77,7 +77,7 @@ class CtrRanker:
         self.max_candidates: int = facts["max_candidates"]
         self.scorer = Scorer(folder)
         self.online = OnlineFeatures(feast_reader(os.environ.get("CLICKLOOP_FEATURE_REPO")), timeout=STORE_TIMEOUT)
-        # The port answers once __init__ is through: ready means that a full request was scored.
+        # The port opens after __init__, so ready means that a full request was scored.
         item_ids = self.scorer.catalog.item_ids_I[-self.max_candidates :].tolist()
         warm = self.scorer.rank(0, item_ids, item_ids[:MAX_HISTORY], {}, {})
         if not torch.isfinite(warm).all():
@@ -118,9 +118,9 @@ class CtrRanker:
 
 
 class Refuse:
-    """Refuses bodies that are no JSON (415) or too large (413) before anything parses them.
+    """Refuses bodies that are not JSON (415) or are too large (413) before anything parses them.
 
-    BentoML would also take forms, and answers a broken one with a 500.
+    BentoML itself would accept forms, and answer a broken form with a 500.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,1 +1,1 @@
-"""The rankers, in plain torch: schema and batch, QIN, SDCNv3, losses, and how they are saved and loaded."""
+"""The rankers, in plain torch: schema and batch, QIN, SDCNv3, losses, checkpoints, and faster kernels."""

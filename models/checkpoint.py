@@ -50,9 +50,9 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the four files, config.json last: a save that was cut short does not load.
+    """Writes the four files, config.json last, so an interrupted save does not load.
 
-    Raises ValueError where the parts of the checkpoint do not belong together.
+    Raises ValueError if the parts of the checkpoint do not belong together.
     """
     encoder, catalog = checkpoint.encoder, checkpoint.catalog
     actual = schema_hash(encoder.schema, on_cpu(encoder.integers), catalog.to("cpu"))
@@ -74,7 +74,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     try:
         text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"facts = {checkpoint.facts}: {error}; give what JSON can hold") from None
+        raise ValueError(f"facts = {checkpoint.facts}: {error}; give only values that JSON can hold") from None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     save_encoder(folder, encoder, catalog)
@@ -85,8 +85,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 def load(folder: Path) -> Checkpoint:
     """The checkpoint of a folder, verified, on the CPU, its model in eval mode.
 
-    Raises ValueError, naming file, value and remedy, on a missing file, an unknown key, weights that are not those
-    config.json names, a schema or catalog that is not the one trained with, and tensors of another shape.
+    Raises ValueError if a file is missing, a key is unknown, the weights are not those that config.json names, the
+    schema or the catalog is not the one of the training, or a tensor has another shape.
     """
     require_files(folder, CHECKPOINT_FILES)
     config = _read_config(folder / CONFIG)
@@ -133,7 +133,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def _blank(family: str, network: Mapping[str, Any], schema: Schema) -> Ranker:
-    """The model without memory for its tensors: names and shapes alone, and no random number is drawn."""
+    """The model on the meta device: names and shapes without memory, and no random number is drawn."""
     with torch.device("meta"):
         return build(family, network, schema)
 
@@ -155,7 +155,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); save the checkpoint again") from None
+        raise ValueError(f"{path}: not JSON ({error}); save the checkpoint again") from None
     keys = set(config) if isinstance(config, dict) else set()
     if keys != CONFIG_KEYS:
         raise ValueError(f"{path}: keys {sorted(keys)}, wanted {sorted(CONFIG_KEYS)}; save the checkpoint again")

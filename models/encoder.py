@@ -30,12 +30,12 @@ def save_encoder(folder: Path, encoder: Encoder, catalog: Catalog) -> None:
 
 
 def load_encoder(folder: Path) -> tuple[Encoder, Catalog, str]:
-    """Encoder, catalog and their recomputed schema hash. Raises ValueError where a file is missing or unreadable."""
+    """Encoder, catalog and their recomputed schema hash. Raises ValueError if a file is missing or unreadable."""
     require_files(folder, ENCODER_FILES)
     try:
         schema = Schema.from_json((folder / SCHEMA).read_text(encoding="utf-8"))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / SCHEMA}: no schema ({error!r}); write it again with save_encoder") from error
+        raise ValueError(f"{folder / SCHEMA}: not a schema ({error!r}); write it again with save_encoder") from error
     tensors = from_bytes(folder / CATALOG, (folder / CATALOG).read_bytes())
     try:
         catalog = Catalog.from_tensors(tensors)
@@ -63,4 +63,4 @@ def from_bytes(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
-        raise ValueError(f"{path}: no safetensors file ({error}); restore it or write it again") from None
+        raise ValueError(f"{path}: not a safetensors file ({error}); restore it or write it again") from None

@@ -29,7 +29,7 @@ class ImpressionFields(nn.Module):
     def __init__(self, schema: Schema, exclude: Sequence[str], width: int) -> None:
         super().__init__()
         if bad := [f.name for f in schema.features if f.owner == "impression" and f.kind != "categorical"]:
-            raise ValueError(f"schema: impression features {bad} are no categoricals; make them item features")
+            raise ValueError(f"schema: impression features {bad} are not categorical; make them item features")
         self.columns, kept = _kept(schema.impression_fields, schema, exclude)
         self.tables = nn.ModuleList(nn.Embedding(f.size, width, padding_idx=PADDING) for f in kept)
 
@@ -70,7 +70,7 @@ class ItemTower(nn.Module):
 
 
 class Ranking(Protocol):
-    """A model's eval-mode logits for one user's candidates, prepared for serving: what can be computed once, is."""
+    """A model's eval-mode logits for one user's candidates, prepared for serving: all that can be computed once is."""
 
     def __call__(self, fields_NF: Tensor, item_N: Tensor, hist_K: Tensor) -> Tensor:
         """Logits [N] of candidates `item_N` (catalog rows) with impression fields `fields_NF`, both int64.
@@ -95,7 +95,7 @@ class Ranker(nn.Module, ABC):
 
     @abstractmethod
     def ranking(self, catalog: Catalog) -> Ranking:
-        """The weights as they are now, over these items; later changes of the model do not reach it."""
+        """The model as it is now, prepared to rank these items; later changes of the model do not change it."""
 
     def regularised_parameters(self) -> list[nn.Parameter]:
         """What the published L2 covers: every embedding table and the vector projection."""
@@ -105,7 +105,7 @@ class Ranker(nn.Module, ABC):
 def mean_rows(table_VE: Tensor, index_NT: Tensor) -> Tensor:
     """[N, E]: the mean of the table's rows at the indices that are not padding; zero where all are. Row 0 must be zero.
 
-    Off the CPU rows are gathered and summed: one kernel of torch.compile, where it would leave a bag as it is.
+    Not on a CPU, rows are gathered and summed: torch.compile makes one kernel of that, and does not of a bag.
     """
     if index_NT.device.type == "cpu":
         return nn.functional.embedding_bag(index_NT, table_VE, mode="mean", padding_idx=PADDING)
@@ -116,9 +116,9 @@ def mean_rows(table_VE: Tensor, index_NT: Tensor) -> Tensor:
 def distinct_rows(rows_N: Tensor, catalog_size: int) -> tuple[Tensor, Tensor]:
     """(rows_U, index_N) with rows_U[index_N] = rows_N: catalog rows to compute once, int64.
 
-    On a CPU the sorted distinct rows, the same as `torch.unique`, but by marking a catalog-sized mask. Their number
-    is known only when they are computed, and a GPU would have to stop for it: there, all of the catalog or, where
-    the batch has fewer rows, those of the batch as they are.
+    On a CPU these are the sorted distinct rows, as from `torch.unique`, found with a mask of the catalog's size.
+    Elsewhere they are the whole catalog or, if the batch has fewer rows than that, the batch's rows as they are: the
+    number of distinct rows is known only after they are computed, and a GPU would have to wait for it.
     """
     if rows_N.device.type != "cpu" or torch.compiler.is_compiling():
         if rows_N.numel() < catalog_size:
@@ -181,7 +181,7 @@ def dropout(x: Tensor, rate: float, training: bool, part: Part | None) -> Tensor
 
 
 def initialise(model: nn.Module) -> None:
-    """The published start: Linear xavier-normal with zero bias, embeddings N(0, std 1e-4), padding zero."""
+    """The published initialisation: Linear xavier-normal with zero bias, embeddings N(0, std 1e-4), padding zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_normal_(module.weight)

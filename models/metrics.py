@@ -9,7 +9,7 @@ from torch import Tensor
 def auc(label_B: Tensor, score_B: Tensor) -> float:
     """Area under the ROC curve: P(score of a click > score of a non-click), a tie counting one half.
 
-    Raises ValueError where there is one class alone.
+    Raises ValueError if the rows are all clicks or all non-clicks.
     """
     positives = int(label_B.sum())
     negatives = len(label_B) - positives

@@ -70,9 +70,9 @@ class QINConfig:
 
 
 class PointerPool(torch.autograd.Function):
-    """pooled_b = Σ_l ReLU(q_b · t_i) t_i with i = index[b, l], from item rows that are never gathered: no B × L × M.
+    """pooled_b = Σ_l ReLU(q_b · t_i) t_i with i = index[b, l], without a B × L × M array of gathered item rows.
 
-    Scores are what an embedding bag calls the gradient of its weights, so both directions run in its kernels.
+    A score is what an embedding bag calls the gradient of a weight, so both directions run in the bag's kernels.
     """
 
     @staticmethod
@@ -111,14 +111,14 @@ def _scores(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor) -> Tensor:
 
 
 def gathered_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
-    """What PointerPool computes, from gathered rows: the plain form off the CPU."""
+    """What PointerPool computes, from gathered rows: the plain form on other devices than the CPU."""
     hist_BLM = item_UM[index_BL]
     weight_B1L = torch.bmm(q_BM[:, None], hist_BLM.transpose(1, 2)).relu().masked_fill(~real_BL[:, None], 0)
     return torch.bmm(weight_B1L, hist_BLM).squeeze(1)
 
 
 def device_pool(q_BM: Tensor, item_UM: Tensor, index_BL: Tensor, real_BL: Tensor) -> Tensor:
-    """What PointerPool computes, off the CPU: by Triton where it can run, else `gathered_pool`."""
+    """What PointerPool computes, on other devices than the CPU: in Triton where it runs, else `gathered_pool`."""
     if choice.runs("pointer_pool", item_UM.device.type) == "triton":
         from models.kernels.pointer_pool import pointer_pool  # a server on a CPU does not load Triton
 
@@ -148,7 +148,7 @@ class SparseTargetAttention(nn.Module):
 
 
 class QuadraticLayer(nn.Module):
-    """One more product with x: the degree of the polynomial grows by a factor of two a layer."""
+    """One more product with x: each layer doubles the degree of the polynomial."""
 
     def __init__(self, width: int, rows: int, dropout: float) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ PADDING = 0
 UNKNOWN = 1
 SPECIAL = 2  # indices below this are not values: 0 is "missing or padding", 1 is "never seen in training"
 SPACES = " \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
-IDS = {"user_id", "item_id"}  # no features of data that have one user or one item
+IDS = {"user_id", "item_id"}  # not features where the data has only one user or one item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Feature:
     size   vocabulary size with the two special indices, or the width of a vector.
     vocab  the string values of indices 2, 3, …; None where the raw values are integers (they lie sorted in
            `Encoder.integers[name]`) and for vectors.
-    numeric  a context of numbers, which the server turns into those values by `bucket`.
+    numeric  the context gives a number; `bucket` turns it into a value of `vocab`.
     """
 
     name: str
@@ -66,17 +66,19 @@ class Feature:
 
 
 def bucket(number: float) -> str | None:
-    """The categorical value of a number: floor(ln(x)²) above 2, else whole x; None where it is not finite.
+    """The categorical value of a number x: floor(ln(x)²) above 2, else its whole part.
 
-    The Criteo challenge's own; `components/data/sources/files.py` has it in SQL.
+    None if x is not finite or is below −2⁶³. As in the Criteo challenge; `components/data/sources/files.py` has the
+    same in SQL.
     """
     return str(int(log(number) ** 2 if number > 2 else number)) if -(2**63) <= number < inf else None
 
 
 def trimmed(text: str) -> str | None:
-    """The value of a text: without the spaces around it; None where nothing is left.
+    """A text without the spaces at its ends; None if nothing is left.
 
-    `components/data/sources/files.py` has it in SQL, whose spaces are Unicode's Zs: tabs and line ends are none.
+    `components/data/sources/files.py` has the same in SQL. A space is a character of Unicode's category Zs, so tabs and
+    line ends stay.
     """
     return text.strip(SPACES) or None
 
@@ -115,9 +117,9 @@ class Schema:
         return next((f for f in self.features if f.kind == "vector"), None)
 
     def without(self, names: Sequence[str]) -> Schema:
-        """The schema a model sees that leaves some features out; an id that is no feature here is out already.
+        """The schema without these features. `user_id` and `item_id` may be named even if they are not features here.
 
-        Raises ValueError on an unknown name.
+        Raises ValueError on any other unknown name.
         """
         known = {feature.name for feature in self.features}
         if missing := set(names) - known - IDS:
@@ -127,7 +129,7 @@ class Schema:
     def to_json(self) -> str:
         raw = asdict(self)
         for feature in raw["features"]:
-            if not feature["numeric"]:  # so that hashes from before there were numbers hold
+            if not feature["numeric"]:  # keeps the hash of schemas without numbers as it always was
                 del feature["numeric"]
         return json.dumps(raw, indent=1, ensure_ascii=False)
 
@@ -159,7 +161,7 @@ class Catalog:
         return self.item_ids_I.shape[0]
 
     def rows(self, item_ids: Tensor) -> Tensor:
-        """Catalog rows of raw item ids (any shape, int64); ids it does not hold get row 1."""
+        """Catalog rows of raw item ids (any shape, int64); an unknown id gets row 1."""
         return lookup(self.item_ids_I[SPECIAL:], item_ids)
 
     def to(self, device: torch.device | str) -> Catalog:
@@ -186,7 +188,7 @@ class Catalog:
 
 
 def lookup(sorted_values: Tensor, values: Tensor) -> Tensor:
-    """Index (+2) of each value in a sorted int64 tensor; UNKNOWN where it is not there."""
+    """Index (+2) of each value in a sorted int64 tensor; UNKNOWN if it is not in there."""
     if sorted_values.numel() == 0:
         return torch.full_like(values, UNKNOWN)
     position = torch.searchsorted(sorted_values, values).clamp_(max=sorted_values.numel() - 1)
@@ -206,7 +208,7 @@ class Encoder:
     def encode(self, name: str, values: Sequence[str | int | None]) -> Tensor:
         """int64 indices of raw values; None -> PADDING, never seen -> UNKNOWN.
 
-        Raises ValueError where the feature is unknown or takes integers and a value is none.
+        Raises ValueError if the feature is unknown, or if it takes integers and a value is not an integer.
         """
         feature = next((f for f in self.schema.features if f.name == name), None)
         if feature is None or feature.kind == "vector":

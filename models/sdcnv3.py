@@ -129,7 +129,7 @@ class CrossLayer(nn.Module):
         of_norm: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
         if own := type(norm) is nn.BatchNorm1d and norm.training:
             of_norm = norm.weight, norm.bias, norm.eps
-        else:  # none, one of all processes' rows, or one that is not trained
+        else:  # no norm, a norm over the rows of all processes, or a frozen one
             projected_BHK = norm(projected_BHK)
         of_gate = self.bias, layer_norm.weight, layer_norm.bias, layer_norm.eps
         mask = (rate, mask_seed(), 0 if part is None else part.first) if rate else (0.0, 0, 0)
@@ -141,7 +141,7 @@ class CrossLayer(nn.Module):
 
 @torch.no_grad()
 def follow(norm: nn.Module, mean_H: Tensor, var_H: Tensor, count: int) -> None:
-    """The batch normalisation's running figures after a batch with this mean and variance of `count` numbers."""
+    """Update the batch normalisation's running mean and variance with those of a batch of `count` numbers."""
     assert isinstance(norm, nn.BatchNorm1d) and norm.momentum is not None
     assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
     norm.running_mean.lerp_(mean_H.to(norm.running_mean.dtype), norm.momentum)
@@ -260,7 +260,7 @@ class SDCNv3Ranking:
         if self.item_IPE is not None:
             fields.append(self.item_IPE[item_N])
         if self.model.history_length > 0:
-            hist_1K = F.pad(hist_K[None], (1, 0), value=PADDING)  # means of none at all cannot be taken
+            hist_1K = F.pad(hist_K[None], (1, 0), value=PADDING)  # padding: a mean needs one number at least
             means = self.model.history(hist_1K, self.catalog)
             fields += [mean[:, None].expand(len(item_N), 1, -1) for mean in means]
         return self.model.cross(torch.cat(fields, 1)).logit_B

@@ -1,14 +1,14 @@
-/* A layer of SDCNv3 after its product p = W x, and its gradient; sdcnv3.py says the same in torch.
+/* A layer of SDCNv3 after its product p = W x, and its gradient; sdcnv3.py has the same in torch.
 
        out = keep * (y * g + x),  g = [c + b1, c * relu(n) + b2]
        c   = BatchNorm(p) = factor * (p - mean) + shift,  n = LayerNorm(c) = w * (c - its mean) * rstd + s
 
-   One pass over the rows, a row being one head of an impression: K numbers of p, 2K of x, y and out. Row r is of head
-   (first + r) % heads; mean, factor and shift have a number a head. `y` is x_1, or null in the deep tower, where it is
-   x. Unless `dropped` is 0, a number of out is dropped where the lower 15 of its 16 random bits are below it, and what is
-   kept is multiplied by `scale`; the bits are those of `random_bits` in layers.py, of which the first row is number
-   `before` + first. `real` is float or double (cross_step.py).
-   Loops are written for the compiler to vectorise: constant flags, one array a pointer. */
+   One pass over the rows. A row is one head of an impression: K numbers of p, 2K of x, y and out. Row r is of head
+   (first + r) % heads; mean, factor and shift have one number for each head. `y` is x_1; in the deep tower it is null,
+   and x is used. Unless `dropped` is 0, a number of out is dropped if the lower 15 of its 16 random bits are below
+   `dropped`, and the kept ones are multiplied by `scale`. The bits are those of `random_bits` in layers.py, where row
+   `first` has the number `before` + first. `real` is float or double (cross_step.py).
+   The compiler can vectorise the loops: flags are constants, and each array has a pointer of its own. */
 
 #include <math.h>
 #include <stdint.h>

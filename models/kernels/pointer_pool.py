@@ -1,11 +1,11 @@
-"""QIN's attention pool for CUDA, in Triton: history rows are read where they lie, once a pass, and never gathered.
+"""QIN's attention pool for CUDA, in Triton: each pass reads the history rows once, from the table of items.
 
     w_bl = ReLU(q_b · t_i),  i = index[b, l];  0 where it is not real          pooled_b = Σ_l w_bl t_i
 
     backward, of g_b:   s_bl = g_b · t_i where w_bl > 0, else 0                q_b's is Σ_l s_bl t_i
                         t_i's is the sum of w_bl g_b + s_bl q_b over where it occurs
 
-A row of the batch is a program. What the gradient of an item row is summed from comes in no order (atomic adds), so its
+A program handles one row of the batch. The gradient of an item row is summed by atomic adds, in no fixed order, so its
 last bits differ from run to run. `qin.gathered_pool` is the same in plain torch. Triton comes with torch for CUDA.
 
 Shapes: those of `models.schema`, and M item vector, U item rows.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 2048, 2  # numbers of history rows that a program holds at once; more warps wait for each other's sums
+BLOCK, WARPS = 2048, 2  # numbers that a program holds at once; with more warps, they wait for each other's sums
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _pool_backward(
 
 
 def _sizes(index_BL: Tensor, item_UM: Tensor) -> dict[str, Any]:
-    """Of a launch: the history of a program in pieces of BLOCK numbers."""
+    """The settings of a launch: a program reads its history in pieces of BLOCK numbers."""
     length, width = index_BL.shape[1], item_UM.shape[1]
     block_m = triton.next_power_of_2(width)
     block_l = max(1, min(BLOCK // block_m, triton.next_power_of_2(length)))

@@ -1,15 +1,19 @@
-"""Small random worlds: a schema with its catalog, click log and one batch."""
+"""Small random worlds: a schema with its catalog, click log and one batch; and a model beside its published form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from models.layers import Ranker, dropout
 from models.schema import SPECIAL, Batch, Catalog, Encoder, Feature, Schema, schema_hash
+from tests.models.published import histories
 
 
 class World(NamedTuple):
@@ -84,6 +88,40 @@ def random_world(
     )
     raw_values = {f.name: torch.arange(f.size - SPECIAL) * 3 for f in features if f.kind != "vector"}
     return World(schema, Encoder(schema, raw_values), catalog, integers(items, clicks, low=1).int(), batch)
+
+
+def random_worlds(fields: int) -> st.SearchStrategy[World]:
+    """Worlds of all shapes, with at least so many impression fields."""
+    return st.builds(
+        random_world,
+        seed=st.integers(0, 99),
+        rows=st.integers(2, 12),
+        items=st.integers(3, 20),
+        fields=st.integers(fields, 4),
+        sets=st.integers(0, 2),
+        vector=st.sampled_from([0, 1, 6]),
+        history=st.integers(0, 5),
+    )
+
+
+def published_form(form: Callable[..., Any], model: Ranker, config: Any, world: World) -> Any:
+    """What the published `form` gives for the model's weights. The model's next forward pass draws the same dropout."""
+    state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
+    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
+    replayed = {"training": model.training, "dropout": partial(dropout, part=None)}
+    torch.manual_seed(0)
+    wanted = form(state, config, world.schema, world.batch, world.catalog, hist_BL, **replayed)
+    torch.manual_seed(0)
+    return wanted
+
+
+def same_gradients(model: Ranker, loss: Tensor, wanted_loss: Tensor, tolerance: float) -> dict[str, Tensor]:
+    """The loss's gradient of every parameter, by name, once each is known to be that of the wanted loss."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found, wanted = (torch.autograd.grad(of, parameters, materialize_grads=True) for of in (loss, wanted_loss))
+    for name, a, b in zip(names, found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    return dict(zip(names, found, strict=True))
 
 
 def shake(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:

@@ -200,6 +200,6 @@ def test_save_refuses_parts_that_do_not_belong_together(checkpoint_of, make_worl
     with pytest.raises(ValueError, match=r"tensor \S+ is .* want"):
         save(tmp_path, replace(checkpoint, network=NETWORKS["qin"] | {"dim": 6}))
     for facts in ({"auc": float("nan")}, {"auc": torch.ones(1)}):
-        with pytest.raises(ValueError, match=r"facts = .*auc.*; give what JSON can hold"):
+        with pytest.raises(ValueError, match=r"facts = .*auc.*; give only values that JSON can hold"):
             save(tmp_path, replace(checkpoint, facts=facts))
     assert list(tmp_path.iterdir()) == []

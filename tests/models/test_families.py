@@ -18,6 +18,63 @@ def test_build_refuses_unknown_keys_and_families(make_world):
         build("QIN", {}, schema)
 
 
+def rank_one_by_one(model, world):
+    """Eval-mode logits by `forward` and by `ranking`, each row as a user of its own with its own candidate."""
+    batch, length = world.batch, world.schema.history_length
+    ranking = model.eval().ranking(world.catalog)
+    found = []
+    for row in range(len(batch.item_B)):
+        start, end = int(batch.start_B[row]), int(batch.end_B[row])
+        hist_K = world.clicks_C[max(start, end - length) : end].long() if length else world.clicks_C[:0].long()
+        found.append(ranking(batch.fields_BF[row, None], batch.item_B[row, None].long(), hist_K))
+    return model(batch, world.catalog, world.clicks_C).logit_B, torch.cat(found)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"history": 0}, {"fields": 0}, {"vector": 0}, {"sets": 2}, {"clicks": 0},
+        {"categoricals": 0, "sets": 0, "vector": 0}, {"categoricals": 0, "sets": 0, "vector": 0, "history": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranking_gives_the_scores_of_the_model(make_world, shaken, family, options):
+    world = make_world(**options)
+    model = build(family, {"dim": 4, **({"rows": 3} if family == "qin" else {"heads": 2})}, world.schema).double()
+    shaken(model)
+    wanted_B, found_B = rank_one_by_one(model, world)
+    assert wanted_B.std() > 1e-3
+    torch.testing.assert_close(found_B, wanted_B, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_ranking_scores_many_candidates_at_once_and_keeps_its_weights(make_world, shaken, family):
+    world = make_world(rows=7)
+    model = build(family, {"dim": 4}, world.schema).double().eval()
+    shaken(model)
+    ranking = model.ranking(world.catalog)
+    hist_K = world.clicks_C[:3].long()
+    together_N = ranking(world.batch.fields_BF, world.batch.item_B.long(), hist_K)
+    shaken(model, seed=9)
+    alone = [ranking(world.batch.fields_BF[i : i + 1], world.batch.item_B[i : i + 1].long(), hist_K) for i in range(7)]
+    torch.testing.assert_close(together_N, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_regularises_tables_and_projection_alone(make_world, family):
+    model = build(family, {"dim": 4}, make_world().schema)
+    covered = {id(p) for p in model.regularised_parameters()}
+    assert {name for name, p in model.named_parameters() if id(p) in covered} == {
+        "fields.tables.0.weight",
+        "fields.tables.1.weight",
+        "items.categoricals.0.weight",
+        "items.categoricals.1.weight",
+        "items.sets.0.weight",
+        "items.project.weight",
+    }
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_parts_of_a_batch_draw_the_dropout_of_the_whole(make_world, shaken, family, compiled):

@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F  # noqa: N812
 
-from models.families import build
-from models.layers import distinct_rows, dropout
+from models.layers import distinct_rows
 from models.qin import QIN, PointerPool, QINConfig, SparseTargetAttention, gathered_pool
 from models.schema import PADDING
-from tests.models.published import histories
+from tests.models.conftest import published_form, random_worlds, same_gradients
 from tests.models.published import qin as published_qin
 
 SMALL = {"dim": 4, "attention_dim": 6, "layers": 2, "rows": 3}
 
 
 def compare(world, config, shaken, *, training, tolerance=1e-9, seed=0, differ=True):
-    """Logits and every gradient of module and oracle, dropout replayed by seed; the rows' logits `differ`."""
-    model = QIN(config, world.schema).to(
-        world.catalog.vector_IE.dtype if world.catalog.vector_IE is not None else torch.float64
-    )
+    """Logits and every gradient beside the published form's, with the same dropout; the rows' logits `differ`."""
+    vector_IE = world.catalog.vector_IE
+    model = QIN(config, world.schema).to(torch.float64 if vector_IE is None else vector_IE.dtype)
     shaken(model, seed)
     model.train(training)
-    inputs = (world.batch, world.catalog, world.clicks_C)
-    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
-    state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
-    torch.manual_seed(seed)
-    wanted_B = published_qin(
-        state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=partial(dropout, part=None)
-    )
-    torch.manual_seed(seed)
-    logits = model(*inputs)
+    wanted_B = published_form(published_qin, model, config, world)
+    logits = model(world.batch, world.catalog, world.clicks_C)
     torch.testing.assert_close(logits.logit_B, wanted_B, rtol=tolerance, atol=tolerance)
     assert not differ or wanted_B.std() > 1e-3
-    parameters = dict(model.named_parameters())
-    label_B = world.batch.label_B.to(wanted_B.dtype)
-    wanted = torch.autograd.grad(
-        torch.nn.functional.binary_cross_entropy_with_logits(wanted_B, label_B),
-        list(parameters.values()),
-        materialize_grads=True,
-    )
-    found = torch.autograd.grad(
-        model.loss(logits, world.batch.label_B), list(parameters.values()), materialize_grads=True
-    )
-    for name, a, b in zip(parameters, found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    return model, dict(zip(parameters, found, strict=True))
+    label_B = world.batch.label_B
+    wanted = F.binary_cross_entropy_with_logits(wanted_B, label_B.to(wanted_B.dtype))
+    return model, same_gradients(model, model.loss(logits, label_B), wanted, tolerance)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -95,37 +75,16 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(2, 12),
-    items=st.integers(3, 20),
-    fields=st.integers(0, 3),
-    sets=st.integers(0, 2),
-    vector=st.sampled_from([0, 1, 6]),
-    history=st.integers(0, 5),
+    world=random_worlds(fields=0),
     seed=st.integers(0, 99),
     dim=st.integers(1, 5),
     quadratic_rows=st.integers(1, 3),
     layers=st.integers(1, 2),
     training=st.booleans(),
 )
-def test_equals_the_published_form_whatever_the_shapes(
-    make_world, shaken, rows, items, fields, sets, vector, history, seed, dim, quadratic_rows, layers, training
-):
-    world = make_world(seed=seed, rows=rows, items=items, fields=fields, sets=sets, vector=vector, history=history)
+def test_equals_the_published_form_whatever_the_shapes(shaken, world, seed, dim, quadratic_rows, layers, training):
     config = QINConfig(dim=dim, attention_dim=3, layers=layers, rows=quadratic_rows, dropout=0.2)
     compare(world, config, shaken, training=training, seed=seed, differ=False)
-
-
-def test_regularises_tables_and_projection_alone(make_world):
-    model = QIN(QINConfig(**SMALL), make_world().schema)
-    covered = {id(p) for p in model.regularised_parameters()}
-    assert {name for name, p in model.named_parameters() if id(p) in covered} == {
-        "fields.tables.0.weight",
-        "fields.tables.1.weight",
-        "items.categoricals.0.weight",
-        "items.categoricals.1.weight",
-        "items.sets.0.weight",
-        "items.project.weight",
-    }
 
 
 def test_padding_and_what_lies_before_the_history_change_nothing(make_world, shaken):
@@ -173,49 +132,6 @@ def test_pooling_by_pointers_equals_pooling_what_was_gathered(rows, items, width
     torch.testing.assert_close(*pooled, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(found_BM, (q_BM, item_UM), grad_BM) for found_BM in pooled]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-
-
-def rank_one_by_one(model, world):
-    """Eval-mode logits by `forward` and by `ranking`, each row as a user of its own with its own candidate."""
-    batch, length = world.batch, world.schema.history_length
-    ranking = model.eval().ranking(world.catalog)
-    found = []
-    for row in range(len(batch.item_B)):
-        start, end = int(batch.start_B[row]), int(batch.end_B[row])
-        hist_K = world.clicks_C[max(start, end - length) : end].long() if length else world.clicks_C[:0].long()
-        found.append(ranking(batch.fields_BF[row, None], batch.item_B[row, None].long(), hist_K))
-    return model(batch, world.catalog, world.clicks_C).logit_B, torch.cat(found)
-
-
-@pytest.mark.parametrize("family", ["qin", "sdcnv3"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"history": 0}, {"fields": 0}, {"vector": 0}, {"sets": 2}, {"clicks": 0},
-        {"categoricals": 0, "sets": 0, "vector": 0}, {"categoricals": 0, "sets": 0, "vector": 0, "history": 0},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_ranking_gives_the_scores_of_the_model(make_world, shaken, family, options):
-    world = make_world(**options)
-    model = build(family, {"dim": 4, **({"rows": 3} if family == "qin" else {"heads": 2})}, world.schema).double()
-    shaken(model)
-    wanted_B, found_B = rank_one_by_one(model, world)
-    assert wanted_B.std() > 1e-3
-    torch.testing.assert_close(found_B, wanted_B, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("family", ["qin", "sdcnv3"])
-def test_ranking_scores_many_candidates_at_once_and_keeps_its_weights(make_world, shaken, family):
-    world = make_world(rows=7)
-    model = build(family, {"dim": 4}, world.schema).double().eval()
-    shaken(model)
-    ranking = model.ranking(world.catalog)
-    hist_K = world.clicks_C[:3].long()
-    together_N = ranking(world.batch.fields_BF, world.batch.item_B.long(), hist_K)
-    shaken(model, seed=9)
-    alone = [ranking(world.batch.fields_BF[i : i + 1], world.batch.item_B[i : i + 1].long(), hist_K) for i in range(7)]
-    torch.testing.assert_close(together_N, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_the_item_tower_sees_each_distinct_row_once(make_world):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from models.kernels import choice
-from models.layers import dropout
 from models.schema import Feature, Schema
 from models.sdcnv3 import SDCNv3, SDCNv3Config
-from tests.models.published import histories
+from tests.models.conftest import published_form, random_worlds, same_gradients
 from tests.models.published import sdcnv3 as published_sdcnv3
 
 SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
@@ -33,19 +30,12 @@ def published_loss(deep_B, shallow_B, label_B):
 
 
 def compare(world, config, shaken, *, training, dtype=torch.float64, tolerance=1e-9, seed=0, differ=True):
-    """Logits and every gradient of module and oracle, dropout replayed by seed; the rows' logits `differ`."""
+    """Logits and every gradient beside the published form's, with the same dropout; the rows' logits `differ`."""
     model = SDCNv3(config, world.schema).to(dtype)
     shaken(model, seed)
     model.train(training)
-    inputs = (world.batch, world.catalog, world.clicks_C)
-    hist_BL = histories(world.batch, world.clicks_C, world.schema.history_length)
-    state = dict(model.named_parameters()) | {k: v.clone() for k, v in model.named_buffers()}
-    torch.manual_seed(seed)
-    deep_B, shallow_B = published_sdcnv3(
-        state, config, world.schema, *inputs[:2], hist_BL, training=training, dropout=partial(dropout, part=None)
-    )
-    torch.manual_seed(seed)
-    logits = model(*inputs)
+    deep_B, shallow_B = published_form(published_sdcnv3, model, config, world)
+    logits = model(world.batch, world.catalog, world.clicks_C)
     wanted_B = deep_B if shallow_B is None else (deep_B + shallow_B) * 0.5
     assert not differ or wanted_B.std() > 1e-3
     torch.testing.assert_close(logits.logit_B, wanted_B, rtol=tolerance, atol=tolerance)
@@ -53,14 +43,9 @@ def compare(world, config, shaken, *, training, dtype=torch.float64, tolerance=1
         assert logits.parts_B == ()
     else:
         torch.testing.assert_close(logits.parts_B, (deep_B, shallow_B), rtol=tolerance, atol=tolerance)
-    parameters = dict(model.named_parameters())
     loss, wanted_loss = model.loss(logits, world.batch.label_B), published_loss(deep_B, shallow_B, world.batch.label_B)
     torch.testing.assert_close(loss, wanted_loss, rtol=tolerance, atol=tolerance)
-    found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    wanted = torch.autograd.grad(wanted_loss, list(parameters.values()), materialize_grads=True)
-    for name, a, b in zip(parameters, found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-    return model, dict(zip(parameters, found, strict=True))
+    return model, same_gradients(model, loss, wanted_loss, tolerance)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -111,12 +96,7 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(2, 12),
-    items=st.integers(3, 20),
-    fields=st.integers(1, 4),
-    sets=st.integers(0, 2),
-    vector=st.sampled_from([0, 1, 6]),
-    history=st.integers(0, 5),
+    world=random_worlds(fields=1),
     seed=st.integers(0, 99),
     half=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -124,10 +104,7 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
     shallow=st.integers(1, 3),
     training=st.booleans(),
 )
-def test_equals_the_published_form_whatever_the_shapes(
-    make_world, shaken, rows, items, fields, sets, vector, history, seed, half, heads, deep, shallow, training
-):
-    world = make_world(seed=seed, rows=rows, items=items, fields=fields, sets=sets, vector=vector, history=history)
+def test_equals_the_published_form_whatever_the_shapes(shaken, world, seed, half, heads, deep, shallow, training):
     config = SDCNv3Config(dim=2 * half, heads=heads, deep_layers=deep, shallow_layers=shallow)
     compare(world, config, shaken, training=training, seed=seed, differ=False)
 
@@ -198,20 +175,6 @@ def test_detached_loss_weights_change_gradients_and_not_the_loss(make_world, sha
         gradients.append(model.deep.out.weight.grad)
     assert losses[0] == losses[1]
     assert not torch.allclose(*gradients)
-
-
-def test_regularises_tables_and_projection_alone(make_world):
-    model = SDCNv3(SDCNv3Config(**SMALL), make_world().schema)
-    covered = {id(p) for p in model.regularised_parameters()}
-    names = {name for name, p in model.named_parameters() if id(p) in covered}
-    assert names == {
-        "fields.tables.0.weight",
-        "fields.tables.1.weight",
-        "items.categoricals.0.weight",
-        "items.categoricals.1.weight",
-        "items.sets.0.weight",
-        "items.project.weight",
-    }
 
 
 @pytest.mark.parametrize(
