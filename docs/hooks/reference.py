@@ -1,0 +1,153 @@
+"""MkDocs hook: the page reference.md, made at build time from params.yaml, dvc.yaml and the config dataclasses.
+
+A section of params.yaml is a dataclass `…Config`. Its docstring says what each key means, in lines such as
+`key, key   meaning`; its annotations give the types, params.yaml the values. The sources are read and not imported, so
+that the site builds without torch. A key without a meaning is a warning, which `mkdocs build --strict` makes an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+KEYS = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*)  +(\S.*)$")  # of a docstring's line: names, two spaces, meaning
+INTRO = """# Reference: every parameter
+
+Every number of the pipeline is a key in `params.yaml`. This page is made from that file and from the code when the site
+is built. The value beside a key is the one in `params.yaml`.
+
+A key that is unknown, missing or out of its range is an error, and the message names the key. Try a value without an
+edit: `dvc exp run -S train.qin.lr=0.001`. `python -m components STAGE --help` shows the keys of one stage.
+"""
+STAGES = """
+## The stages
+
+`dvc repro` runs these stages. A stage runs again if its code, its inputs or its keys have changed.
+
+| stage | what it does | keys | writes |
+| --- | --- | --- | --- |
+"""
+
+log = logging.getLogger("mkdocs.hooks.reference")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A config dataclass as its source describes it.
+
+    intro   what the docstring says before and after its keys
+    types   key -> annotation
+    says    key -> meaning
+    """
+
+    intro: str
+    types: dict[str, str]
+    says: dict[str, str]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    files.append(File.generated(config, "reference.md", content=page()))
+    return files
+
+
+def page() -> str:
+    """The page's Markdown."""
+    known = {name.lower(): found for name, found in sections(ROOT / "components", ROOT / "models")}
+    parts = [INTRO]
+    for name, values in yaml.safe_load((ROOT / "params.yaml").read_text()).items():
+        if name != "train":
+            parts += _section(name, values, f"{name}config", known)
+            continue
+        for model, settings in values.items():
+            network = settings.pop("network")
+            parts += _section(f"train.{model}", settings, "trainconfig", known)
+            parts += _section(f"train.{model}.network", network, f"{model}config", known)
+    return "\n".join([*parts, *_stages(), ""])
+
+
+def sections(*folders: Path) -> Iterator[tuple[str, Section]]:
+    """The name and the content of every class `…Config` below the folders."""
+    for file in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                types = {
+                    part.target.id: ast.unparse(part.annotation)
+                    for part in node.body
+                    if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+                }
+                yield node.name, _read(ast.get_docstring(node) or "", types)
+
+
+def _read(docstring: str, types: dict[str, str]) -> Section:
+    intro: list[str] = []
+    says: dict[str, list[str]] = {}
+    open_keys: list[str] = []
+    for line in docstring.splitlines():
+        found = KEYS.match(line)
+        if found and set(names := found[1].split(", ")) <= set(types):
+            open_keys = names
+            says |= {name: [found[2]] for name in names}
+        elif open_keys and line.startswith(" "):
+            for name in open_keys:
+                says[name].append(line.strip())
+        else:
+            open_keys = []
+            intro.append(line)
+    return Section("\n".join(intro).strip(), types, {name: " ".join(lines) for name, lines in says.items()})
+
+
+def _section(name: str, values: dict[str, Any], config: str, known: dict[str, Section]) -> list[str]:
+    """A heading and a table; then the same for each key that is a section itself."""
+    if config not in known:
+        log.warning("params.yaml has the section %s, and no class %s describes it", name, config)
+        return []
+    section = known[config]
+    parts = ["", f"{'##' if '.' not in name else '###'} {name} {{ #{name} }}", "", section.intro, ""]
+    rows, inner = [], []
+    for key, value in values.items():
+        kind = section.types.get(key, "").lower()
+        if key not in section.says:
+            log.warning("%s.%s: the docstring of %s does not say what it means", name, key, config)
+        if kind in known:
+            inner += _section(f"{name}.{key}", value, kind, known)
+        else:
+            cells = [_code(json.dumps(value)), _code(section.types.get(key, "")), escape(section.says.get(key, ""))]
+            rows.append(f'| <code id="{name}.{key}">{key}</code> | ' + " | ".join(_cell(cell) for cell in cells) + " |")
+    if rows:
+        parts += ["| key | value | type | meaning |", "| --- | --- | --- | --- |", *rows, ""]
+    return parts + inner
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")
+
+
+def _stages() -> list[str]:
+    rows = []
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        keys = ", ".join(_code(_model(key)) for key in stage.get("params", ()))
+        written = [*stage.get("outs", ()), *stage.get("metrics", ()), *stage.get("plots", ())]
+        paths = [_code(_model(out if isinstance(out, str) else next(iter(out)))) for out in written]
+        rows.append(f"| <code>{name}</code> | {stage.get('desc', '')} | {keys} | {'<br>'.join(paths)} |")
+    return [STAGES.rstrip(), *rows]
+
+
+def _model(text: str) -> str:
+    """A path or key of a matrix stage, with MODEL in place of DVC's own form."""
+    return re.sub(r"\$\{item(\.model)?\}", "MODEL", text)
