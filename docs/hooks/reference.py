@@ -1,4 +1,4 @@
-"""MkDocs hook: the page reference.md, made at build time from params.yaml, dvc.yaml and the config dataclasses.
+"""MkDocs hook: the pages reference.md and code.md, made from params.yaml, dvc.yaml and the code when the site is built.
 
 A section of params.yaml is a dataclass `…Config`. Its docstring says what each key means, in lines such as
 `key, key   meaning`; its annotations give the types, params.yaml the values. The sources are read and not imported, so
@@ -40,6 +40,13 @@ STAGES = """
 | --- | --- | --- | --- |
 """
 
+CODE = """# Code map
+
+Every file of the code, with the first sentence of its docstring. The rooms are explained in
+[Architecture](architecture.md#the-rooms).
+"""
+FOLDERS = ("components", "models", "bento", "feature_repo", "dags")
+
 log = logging.getLogger("mkdocs.hooks.reference")
 
 
@@ -59,6 +66,7 @@ class Section:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "reference.md", content=page()))
+    files.append(File.generated(config, "code.md", content=code_map()))
     return files
 
 
@@ -88,6 +96,27 @@ def sections(*folders: Path) -> Iterator[tuple[str, Section]]:
                     if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
                 }
                 yield node.name, _read(ast.get_docstring(node) or "", types)
+
+
+def code_map() -> str:
+    """The page's Markdown: a table for each folder that has code."""
+    parts = [CODE]
+    for folder in FOLDERS:
+        files = sorted((ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name))
+        for file in files:
+            says = _first_sentence(ast.get_docstring(ast.parse(file.read_text())) or "")
+            path = file.relative_to(ROOT)
+            if f"## {path.parent}\n" not in parts and says:
+                parts += ["", f"## {path.parent}\n", "| file | what it is |", "| --- | --- |"]
+            if says:
+                parts.append(f"| <code>{path.name}</code> | {_cell(escape(says))} |")
+    return "\n".join([*parts, ""])
+
+
+def _first_sentence(docstring: str) -> str:
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    found = re.match(r".*?[.!?](?= [A-Z]|$)", paragraph)
+    return found[0] if found else paragraph
 
 
 def _read(docstring: str, types: dict[str, str]) -> Section:
