@@ -78,6 +78,7 @@ def page() -> str:
         if name != "train":
             parts += _section(name, values, f"{name}config", known)
             continue
+        parts += ["", "## train", "", "One section for each model, and one for its network."]
         for model, settings in values.items():
             network = settings.pop("network")
             parts += _section(f"train.{model}", settings, "trainconfig", known)
@@ -99,23 +100,22 @@ def sections(*folders: Path) -> Iterator[tuple[str, Section]]:
 
 
 def code_map() -> str:
-    """The page's Markdown: a table for each folder that has code."""
+    """The page's Markdown: for each folder what its `__init__.py` says, and a table of its files."""
     parts = [CODE]
-    for folder in FOLDERS:
-        files = sorted((ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name))
-        for file in files:
-            says = _first_sentence(ast.get_docstring(ast.parse(file.read_text())) or "")
-            path = file.relative_to(ROOT)
-            if f"## {path.parent}\n" not in parts and says:
-                parts += ["", f"## {path.parent}\n", "| file | what it is |", "| --- | --- |"]
-            if says:
-                parts.append(f"| <code>{path.name}</code> | {_cell(escape(says))} |")
+    folders = {file.parent for name in FOLDERS for file in (ROOT / name).rglob("*.py")}
+    for folder in sorted(folders, key=lambda folder: (FOLDERS.index(folder.relative_to(ROOT).parts[0]), folder)):
+        says = {file.name: _first_sentence(file) for file in sorted(folder.glob("*.py"))}
+        parts += ["", f"## {folder.relative_to(ROOT)}", "", _text(says.pop("__init__.py", "")), ""]
+        if says:
+            rows = [f"| {_code(name)} | {_text(sentence)} |" for name, sentence in says.items()]
+            parts += ["| file | what it is |", "| --- | --- |", *rows]
     return "\n".join([*parts, ""])
 
 
-def _first_sentence(docstring: str) -> str:
+def _first_sentence(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
-    found = re.match(r".*?[.!?](?= [A-Z]|$)", paragraph)
+    found = re.match(r".*?[.!?](?= [A-Z`]|$)", paragraph)
     return found[0] if found else paragraph
 
 
@@ -143,7 +143,7 @@ def _section(name: str, values: dict[str, Any], config: str, known: dict[str, Se
         log.warning("params.yaml has the section %s, and no class %s describes it", name, config)
         return []
     section = known[config]
-    parts = ["", f"{'##' if '.' not in name else '###'} {name} {{ #{name} }}", "", section.intro, ""]
+    parts = ["", f"{'##' if '.' not in name else '###'} {name} {{ #{name} }}", "", _text(section.intro), ""]
     rows, inner = [], []
     for key, value in values.items():
         kind = section.types.get(key, "").lower()
@@ -152,19 +152,26 @@ def _section(name: str, values: dict[str, Any], config: str, known: dict[str, Se
         if kind in known:
             inner += _section(f"{name}.{key}", value, kind, known)
         else:
-            cells = [_code(json.dumps(value)), _code(section.types.get(key, "")), escape(section.says.get(key, ""))]
-            rows.append(f'| <code id="{name}.{key}">{key}</code> | ' + " | ".join(_cell(cell) for cell in cells) + " |")
+            kind = f"<br>{_code(section.types.get(key, ''))}"
+            meaning = _text(section.says.get(key, ""))
+            cells = f'<code id="{name}.{key}">{key}</code>{kind}', _code(json.dumps(value)), meaning
+            rows.append(f"| {' | '.join(cells)} |")
     if rows:
-        parts += ["| key | value | type | meaning |", "| --- | --- | --- | --- |", *rows, ""]
+        parts += ["| key and type | value | meaning |", "| --- | --- | --- |", *rows, ""]
     return parts + inner
 
 
 def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
+    return f"<code>{_plain(text)}</code>"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")
+def _text(text: str) -> str:
+    """A docstring's words as Markdown: what stands between backticks is code, nothing else is markup."""
+    return "".join(_code(part) if i % 2 else _plain(part) for i, part in enumerate(text.split("`")))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[|*_{}\[\]]", lambda sign: f"&#{ord(sign[0])};", escape(text))
 
 
 def _stages() -> list[str]:
