@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from graphlib import TopologicalSorter
 from html import escape
 from pathlib import Path
-from typing import Any
 
-import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parents[2]))  # mkdocs does not put the project's folder there
+
+from components.common import pipeline
+
 BOX, GAP, ROW = (170, 40), 30, 72  # width and height of a box, pixels between boxes, and from row to row
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    files.append(File.generated(config, "images/pipeline.svg", content=draw(stages)))
+    files.append(File.generated(config, "images/pipeline.svg", content=draw(pipeline.read().before())))
     return files
 
 
-def needs(stages: dict[str, Any]) -> dict[str, set[str]]:
-    """Stage -> the stages that it reads from, less those that another of these reads from already."""
-    written = {
-        (out if isinstance(out, str) else next(iter(out))).split("${")[0]: name
-        for name, stage in stages.items()
-        for key in ("outs", "metrics")
-        for out in stage.get(key, ())
-    }
-    direct = {
-        name: {
-            maker
-            for path in stage["deps"]
-            for out, maker in written.items()
-            if maker != name and f"{path}/".startswith(out)
-        }
-        for name, stage in stages.items()
-    }
-    behind: dict[str, set[str]] = {}
-    for name in TopologicalSorter(direct).static_order():
-        behind[name] = direct[name].union(*(behind[maker] for maker in direct[name]))
-    return {name: found - set().union(*(behind[maker] for maker in found)) for name, found in direct.items()}
-
-
-def draw(stages: dict[str, Any]) -> str:
-    """The SVG. A stage stands as low as the stages that read from it allow."""
-    edges = needs(stages)
+def draw(edges: dict[str, set[str]]) -> str:
+    """The SVG of a graph: stage -> the stages right before it. A stage stands as low as its readers allow."""
     order = list(TopologicalSorter(edges).static_order())
     row: dict[str, int] = {}
     for name in reversed(order):
@@ -65,10 +42,7 @@ def draw(stages: dict[str, Any]) -> str:
         for maker in sorted(makers)
     ]
     boxes = [f'<rect x="{x}" y="{y}" width="{BOX[0]}" height="{BOX[1]}" rx="6"/>' for x, y in left.values()]
-    names = [
-        f'<text x="{x + BOX[0] / 2}" y="{y + 25}">{escape(_label(name, stages[name]))}</text>'
-        for name, (x, y) in left.items()
-    ]
+    names = [f'<text x="{x + BOX[0] / 2}" y="{y + 25}">{escape(name)}</text>' for name, (x, y) in left.items()]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {len(rows) * ROW}" '
         'font-family="sans-serif" font-size="15" text-anchor="middle">'
@@ -77,8 +51,3 @@ def draw(stages: dict[str, Any]) -> str:
         f'<g stroke="#7986cb" stroke-width="1.5">{"".join(lines)}</g>'
         f'<g fill="#e8eaf6" stroke="#3f51b5">{"".join(boxes)}</g><g fill="#1a237e">{"".join(names)}</g></svg>'
     )
-
-
-def _label(name: str, stage: dict[str, Any]) -> str:
-    models = stage.get("matrix", {}).get("model")
-    return f"{name}: {', '.join(models)}" if models else name

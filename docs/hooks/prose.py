@@ -1,20 +1,25 @@
-"""python docs/hooks/prose.py FILE_OR_FOLDER…: checks the prose of Markdown files.
+"""python docs/hooks/prose.py FILE_OR_FOLDER…: checks the prose of Markdown files. MkDocs runs it too, on every page.
 
 Three tools find the mistakes: proselint (wordiness, clichés, old-fashioned words), our own checks in proselint's form
-(long sentences and the phrases of style.yml) and codespell (typing errors). Code, links' addresses and front matter
-are not prose: markdown-it parses each file, and only its text is checked.
+(long sentences and the phrases of style.yml) and codespell (typing errors). Code and links' addresses are not prose:
+markdown-it parses each file, and the first two see only its text. As a hook of MkDocs it also checks the pages
+that are made when the site is built, and so the docstrings that they quote. A mistake is a warning there, which
+`mkdocs build --strict` makes an error.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from markdown_it import MarkdownIt
+from mkdocs.structure.pages import Page
 from proselint.checks import __register__ as proselint_checks
 from proselint.config import Config
 from proselint.registry import CheckRegistry
@@ -22,6 +27,7 @@ from proselint.registry.checks import Check, CheckResult, types
 from proselint.registry.checks.engine import Padding
 from proselint.tools import LintFile
 
+log = logging.getLogger("mkdocs.hooks.prose")
 STYLE = yaml.safe_load((Path(__file__).parent / "style.yml").read_text())
 OFF = {
     "restricted",  # a word list of its own for children's texts
@@ -59,12 +65,21 @@ HOUSE = (
     ),
 )
 
+CheckRegistry().register_many((*proselint_checks, *HOUSE))
 
-def prose(path: Path) -> tuple[str, list[int]]:
-    """The text of a Markdown file, its blocks apart, and for each line of that text its line number in the file."""
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+    """MkDocs' hook."""
+    if page.file.generated_by:  # the others are checked by name before the build
+        for problem in problems(page.file.src_uri, markdown):
+            log.warning(problem)
+
+
+def prose(markdown: str) -> tuple[str, list[int]]:
+    """The text of some Markdown, its blocks apart, and for each line of that text its line number in the Markdown."""
     lines: list[str] = []
     numbers: list[int] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(path.read_text()):
+    for token in MarkdownIt("commonmark").enable("table").parse(markdown):
         if token.type != "inline" or token.map is None:
             continue
         text = "".join(
@@ -78,18 +93,19 @@ def prose(path: Path) -> tuple[str, list[int]]:
     return "\n".join(lines), numbers
 
 
-def problems(path: Path) -> list[str]:
-    """`path:line: check: message`, in the order of the file."""
-    text, numbers = prose(path)
-    file = LintFile(str(path), text or " ")
+def problems(name: str, markdown: str) -> list[str]:
+    """`name:line: check: message`, in the order of the lines."""
+    text, numbers = prose(markdown)
+    file = LintFile(name, text or " ")
     found = {
-        (file.content[: result.check_result.span[0]].count("\n"), result.check_result.check_path): result
+        (
+            file.content[: result.check_result.span[0]].count("\n"),
+            result.check_result.check_path,
+            result.check_result.message,
+        )
         for result in file.lint(Config(max_errors=10_000, checks=CHECKS | {"house": True}))
     }
-    return [
-        f"{path}:{numbers[max(line - 1, 0)]}: {name}: {result.check_result.message}"
-        for (line, name), result in sorted(found.items())
-    ]
+    return [f"{name}:{numbers[max(line - 1, 0)]}: {check}: {message}" for line, check, message in sorted(found)]
 
 
 def main(paths: list[str]) -> int:
@@ -97,8 +113,7 @@ def main(paths: list[str]) -> int:
     files = sorted({file for path in map(Path, paths) for file in (path.rglob("*.md") if path.is_dir() else [path])})
     if not files:
         raise SystemExit(f"no Markdown in {paths}; name files, or folders that hold some")
-    CheckRegistry().register_many((*proselint_checks, *HOUSE))
-    found = [problem for file in files for problem in problems(file)]
+    found = [problem for file in files for problem in problems(str(file), file.read_text())]
     print("\n".join(found), end="\n" if found else "")
     spelling = subprocess.run([sys.executable, "-m", "codespell_lib", "--builtin", "clear,rare", *map(str, files)])
     print(f"{len(files)} files: {len(found)} sentences or phrases to mend")

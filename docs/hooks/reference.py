@@ -11,6 +11,7 @@ import ast
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +23,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # mkdocs does not put the project's folder there
+
+from components.common import pipeline  # noqa: E402
+
 KEYS = re.compile(r"^([a-z]\w*(?:, [a-z]\w*)*)  +(\S.*)$")  # of a docstring's line: names, two spaces, meaning
 INTRO = """# Reference: every parameter
 
@@ -175,15 +180,9 @@ def _plain(text: str) -> str:
 
 
 def _stages() -> list[str]:
-    rows = []
-    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        keys = ", ".join(_code(_model(key)) for key in stage.get("params", ()))
-        written = [*stage.get("outs", ()), *stage.get("metrics", ()), *stage.get("plots", ())]
-        paths = [_code(_model(out if isinstance(out, str) else next(iter(out)))) for out in written]
-        rows.append(f"| <code>{name}</code> | {stage.get('desc', '')} | {keys} | {'<br>'.join(paths)} |")
+    rows = [
+        f"| {_code(name)} | {_text(stage.desc)} | {'<br>'.join(map(_code, stage.params))} | "
+        f"{'<br>'.join(map(_code, stage.outs))} |"
+        for name, stage in pipeline.read().stages.items()
+    ]
     return [STAGES.rstrip(), *rows]
-
-
-def _model(text: str) -> str:
-    """A path or key of a matrix stage, with MODEL in place of DVC's own form."""
-    return re.sub(r"\$\{item(\.model)?\}", "MODEL", text)
