@@ -37,7 +37,7 @@ test: .venv  ## lint, types, and every test that a machine without a GPU can run
 	ruff check . && ruff format --check . && mypy && OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
 
 docs: .venv  ## the documentation, checked and built into site/ (open site/index.html)
-	python docs/hooks/prose.py README.md docs && NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	python docs/hooks/prose.py *.md docs && NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: .venv  ## benchmarks that need no GPU, one JSON line a figure (ONLY=name for one: qin_rank_cpu, train_memory, …)
 	for file in $(or $(ONLY:%=tests/benchmarks/bench_%.py),$(filter-out %_gpu.py,$(wildcard tests/benchmarks/bench_*.py))); do python $$file || exit; done
