@@ -25,7 +25,7 @@ export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
 
 PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
 
-.PHONY: help demo test bench bench-gpu serve airflow repro report promote lint lock clean
+.PHONY: help demo test docs bench bench-gpu serve airflow repro report promote lint lock clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z./]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens R
 
 test: .venv  ## lint, types, and every test that a machine without a GPU can run
 	ruff check . && ruff format --check . && mypy && OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
+
+docs: .venv  ## the documentation, checked and built into site/ (open site/index.html)
+	python docs/hooks/prose.py *.md docs && NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: .venv  ## benchmarks that need no GPU, one JSON line a figure (ONLY=name for one: qin_rank_cpu, train_memory, …)
 	for file in $(or $(ONLY:%=tests/benchmarks/bench_%.py),$(filter-out %_gpu.py,$(wildcard tests/benchmarks/bench_*.py))); do python $$file || exit; done
