@@ -1,8 +1,9 @@
 """Feast's DuckDB offline store with DuckDB's own ASOF join; feature_store.yaml names it.
 
 Feast's join pairs a row with every older feature row of its key and keeps the newest of them, so its time and memory
-grow with the length of the past. An ASOF join finds the newest by sorting once. The rows are the same, ties and time
-to live included; what it cannot say (a cutoff by created timestamp, on-demand views) is left to Feast's.
+grow with the length of the past. An ASOF join finds the newest by sorting once. The result is the same, also for ties
+and times to live. Two cases that an ASOF join cannot express are left to Feast's join: a cutoff by created timestamp,
+and on-demand views.
 """
 
 import ibis
@@ -22,8 +23,8 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import RepoConfig
 from ibis.expr.types import Table
 
-TIME = "{name}_of_the_view"  # what a view's keys and times are called while both sides have them
-UTC = "timestamp('UTC')"
+TIME = "{name}_of_the_view"  # names of a view's keys and times in the join, where both sides have such columns
+UTC_TIME = "timestamp('UTC')"
 
 
 class AsofOfflineStoreConfig(DuckDBOfflineStoreConfig):
@@ -33,7 +34,7 @@ class AsofOfflineStoreConfig(DuckDBOfflineStoreConfig):
 
 
 class AsofOfflineStore(DuckDBOfflineStore):
-    """Feast's DuckDB store; only the point-in-time join is another."""
+    """Feast's DuckDB store with another point-in-time join."""
 
     @staticmethod
     def get_historical_features(
@@ -76,7 +77,7 @@ class AsofOfflineStore(DuckDBOfflineStore):
 
 
 def _newest(table: Table, time: str, view: FeatureView, refs: list[str], prefixed: bool, repo: str) -> Table:
-    """The rows, each with the view's newest features that are not later than it and not beyond their time to live."""
+    """The rows, each with the view's newest features that are not later than the row and still alive (`ttl`)."""
     source = view.batch_source
     assert source is not None, "a view that is joined has a source"
     features = _read_data_source(source, repo)
@@ -84,7 +85,7 @@ def _newest(table: Table, time: str, view: FeatureView, refs: list[str], prefixe
     keys = view.projection.join_key_map or {column.name: column.name for column in view.entity_columns}
     wanted = [name for ref in refs if (name := ref.removeprefix(f"{view.projection.name_to_use()}:")) != ref]
     called = {name: f"{view.projection.name_alias or view.name}__{name}" if prefixed else name for name in wanted}
-    if source.created_timestamp_column:  # of rows of one time the last created counts, as in Feast's join
+    if source.created_timestamp_column:  # of several rows with one time the last created counts, as in Feast's join
         same = ibis.window(
             group_by=[*keys, source.timestamp_field], order_by=ibis.desc(features[source.created_timestamp_column])
         )
@@ -92,7 +93,7 @@ def _newest(table: Table, time: str, view: FeatureView, refs: list[str], prefixe
     known = TIME.format(name=source.timestamp_field)
     right = features.select(
         **{TIME.format(name=own): features[name] for name, own in keys.items()},
-        **{known: features[source.timestamp_field].cast(UTC)},
+        **{known: features[source.timestamp_field].cast(UTC_TIME)},
         **{called[name]: features[name] for name in wanted},
     )
     joined = table.asof_join(

@@ -1,10 +1,10 @@
-"""What Feast knows: two entities, five views, and the two services that training and serving read.
+"""What Feast knows: two entities, five views, and the services that training and serving read.
 
-Run Feast in this folder: the paths are relative to it. The stage `features` writes the sources and applies this file.
-Every event_timestamp is the moment from which a row may be known, so the point-in-time join needs no further lag.
+Run Feast's commands in this folder: the paths are relative to it. The stage `features` writes the sources and applies
+this file. Every event_timestamp is the moment from which a row may be known, so the point-in-time join needs no lag.
 
-A time to live is measured from there: to an impression's time in training, to the clock in serving. Give one where
-old values mislead, and only to data of today: on last year's, serving would know nothing.
+A time to live (`ttl`) starts at that moment. In training it ends at an impression's time, in serving at the present
+time. Set one if old values mislead, but only for current data: for last year's data, serving would know nothing.
 """
 
 from datetime import timedelta
@@ -13,7 +13,7 @@ from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSo
 from feast.types import Array, Float32, Int64
 
 FOREVER = timedelta(0)  # no time to live: the newest row that may be known counts, however old
-HISTORY_TTL = FOREVER  # since a user's newest click; one number, so that training and serving forget alike
+HISTORY_TTL = FOREVER  # since a user's newest click; one constant, so that training and serving forget at the same age
 
 
 def _source(name: str) -> FileSource:
@@ -26,7 +26,7 @@ item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.INT64)
 user_profile = FeatureView(  # its columns are the source's own user attributes, so Feast infers them
     name="user_profile", entities=[user], ttl=FOREVER, source=_source("user_profile")
 )
-user_clicks = FeatureView(  # a history as [clicks_start, clicks_end) of the click log: training moves two integers
+user_clicks = FeatureView(  # a history is [clicks_start, clicks_end) of the click log, so training joins two integers
     name="user_clicks",
     entities=[user],
     ttl=HISTORY_TTL,
@@ -39,10 +39,10 @@ user_history = FeatureView(  # the same history as item ids, oldest first: what 
     entities=[user],
     ttl=HISTORY_TTL,
     schema=[Field(name="history", dtype=Array(Int64))],
-    # `python -m components push` adds the clicks of the day; the next materialization has them from the source
+    # `python -m components push` adds today's clicks; the next materialization reads them from the source
     source=PushSource(name="fresh_history", batch_source=_source("user_history")),
 )
-item_popularity = FeatureView(  # of the whole days before
+item_popularity = FeatureView(  # of the complete days before
     name="item_popularity",
     entities=[item],
     ttl=FOREVER,

@@ -1,9 +1,9 @@
-"""Feast's Spark offline store over the same files, for more data than one machine joins; feature_store.yaml names it.
+"""Feast's Spark offline store over the same files, for data too large for one machine; feature_store.yaml names it.
 
-Feast's own takes Spark's sources alone, looks for a relative path where its JVM happened to start, writes its limits in
-time as UTC without a zone, which Spark reads in the session's, and gives results by pandas: an integer that may be
-missing comes back as a float, a time without its zone. Here the repo's sources stay files, and rows come back as from
-the default store.
+Feast's own Spark store differs from the default store in four ways. It takes only Spark sources. It looks up relative
+paths in the folder in which its JVM started. It writes time limits as UTC without a zone, and Spark reads them in the
+session's zone. And it returns rows through pandas, so an integer that may be missing becomes a float, and times lose
+their zone. Here the repo's sources stay files, and rows come back as from the default store.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from feast.infra.offline_stores.contrib.spark_offline_store.spark_source import 
 from feast.infra.offline_stores.offline_store import RetrievalJob
 from feast.repo_config import RepoConfig
 
-warnings.filterwarnings("ignore", "The spark .* experimental", RuntimeWarning)  # Feast says it at every view
+warnings.filterwarnings("ignore", "The spark .* experimental", RuntimeWarning)  # Feast repeats it for every view
 
 
 class SparkFilesOfflineStoreConfig(SparkOfflineStoreConfig):
@@ -35,7 +35,7 @@ class SparkFilesOfflineStoreConfig(SparkOfflineStoreConfig):
 
 
 class SparkFilesOfflineStore(SparkOfflineStore):
-    """Feast's Spark store; its joins and its newest rows read files."""
+    """Feast's Spark store, reading files for joins and for the newest rows."""
 
     @staticmethod
     def get_historical_features(
@@ -57,7 +57,7 @@ class SparkFilesOfflineStore(SparkOfflineStore):
 
 
 class _Job(SparkRetrievalJob):
-    """Feast's job, its rows handed over by Arrow."""
+    """Feast's job, which returns its rows through Arrow."""
 
     def __init__(self, job: RetrievalJob) -> None:
         vars(self).update(vars(job))
@@ -67,7 +67,7 @@ class _Job(SparkRetrievalJob):
 
 
 def _open(config: RepoConfig) -> None:
-    """Start the session if there is none, and have it read and give times in UTC."""
+    """Start the session if there is none, and let it read and return times in UTC."""
     session = get_spark_session_or_start_new_with_repoconfig(config.offline_store)
     session.conf.set("spark.sql.session.timeZone", "UTC")
 

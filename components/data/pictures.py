@@ -41,6 +41,7 @@ ABSENT = "cannot be opened"
 OUTSIDE = "neither below ingest.raw nor an http(s) URL"
 NOT_NAMED = "host is not in ingest.picture_hosts"
 NOT_PUBLIC = "address is not public"
+REFUSED = (NOT_NAMED, NOT_PUBLIC)  # reasons that say nothing of the picture: it was not asked for
 LARGE = f"larger than {MAX_BYTES >> 20} MiB"
 BROKEN = f"not a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 VAST = f"more than {MAX_PIXELS:,} pixels"
@@ -90,7 +91,7 @@ def copy(named: pa.Table, raw: str, file: Path, hosts: Collection[str] = ()) -> 
     return pa.Table.from_pylist(left_out, LEFT_OUT)
 
 
-def told(left_out: pa.Table) -> str:
+def summary(left_out: pa.Table) -> str:
     """Each reason with its number of pictures, and the first of them with what to do about it."""
     parts = []
     for reason in pc.unique(left_out["reason"]).to_pylist():

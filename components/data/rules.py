@@ -1,15 +1,15 @@
 """The contract as Great Expectations suites: one function a table, a rule a line.
 
 STOP        the run ends
-QUARANTINE  rows were left out, each with its reason in canonical/quarantine; the run goes on without them. It is ingest
-            that leaves them out, before anything reads them, so that every later step sees the same rows, and that
-            stops where they are more than `ingest.max_rejected`. Here the rows that stayed are held to the same rule
-            with STOP: whatever came past ingest goes no further
+QUARANTINE  the run goes on without some rows. Ingest leaves them out before anything reads them, writes them with their
+            reason to canonical/quarantine, and stops if they are more than `ingest.max_rejected`. The rows that it
+            keeps must follow the same rules with STOP, in case ingest misses a broken row
 WARN        logged, and in the report
 
-The columns that are not of the data itself (`item_is_known`, `off`, …) are made by `frames`, so that a rule stays a
-plain statement on a column. A rule on `off` is learnt: the figure lies no farther from the median of those that it is
-beside than `frames.FLOORS`, `validate.spreads` of their spread (median absolute deviation), and chance allow.
+Columns that are not in the data (`item_is_known`, `off`, …) are made by `frames`, so that a rule stays a plain
+statement on a column. The limits of rules on `off` are learnt from the data: a figure may differ from its usual value
+by a fixed tolerance (`thresholds.FLOORS`), plus `validate.spreads` times its usual variation (median absolute
+deviation), plus what chance explains.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectat
         ),
         is_true("item_is_known", "every event's item_id is in items"),
         is_true("user_is_known", "every event's user_id is in users"),
-        is_true("is_in_its_day", "an event lies in the partition of its UTC day"),
-        is_true("is_first", "no impression is there twice", WARN, mostly=0.999),  # two in one second can be honest
-        is_true("item_exists", "no event is before its item's created_at", WARN, mostly=0.999),
-        is_true("happened_before_arrival", "no event happens after it arrived: clocks agree", mostly=0.999),
+        is_true("is_in_its_day", "every event is in the partition of its UTC day"),
+        is_true("is_first", "no impression occurs twice", WARN, mostly=0.999),  # two in one second are possible
+        is_true("item_exists", "no event is earlier than its item's created_at", WARN, mostly=0.999),
+        is_true("happened_before_arrival", "no event happens after it arrived: the clocks agree", mostly=0.999),
         gxe.ExpectColumnValuesToBeBetween(column="true_probability", min_value=0, max_value=1),
     ]
     return [rule for rule in rules if rule.column in columns]
@@ -69,15 +69,15 @@ def day_rules(config: ValidateConfig) -> list[Expectation]:
 def figure_rules() -> list[Expectation]:
     return [
         learnt("volume", "a day has about as many rows as the days before it"),
-        learnt("label_rate", "clicks are about as likely as in the days before"),
-        learnt("repeated", "no day repeats rows: user, item and time of day, of any day"),
-        learnt("hours", "rows spread over the hours as in the days before: no zone is mixed up"),
-        learnt("returning", "about as many rows are of users that were there before: ids mean the same users"),
-        learnt("missing", "a feature is missing about as often as in the days before"),
-        learnt("mix", "a feature's values are about as frequent as in the days before"),
-        learnt("top_user", "no one user makes up a day", WARN),
-        learnt("top_item", "no one item makes up a day", WARN),
-        learnt("late", "about as many rows come a day late as in the days before", WARN),
+        learnt("label_rate", "clicks are about as likely as on the days before"),
+        learnt("repeated", "no day repeats the rows (user, item and time of day) of another"),
+        learnt("hours", "rows spread over the hours as on the days before: no time zone is mixed up"),
+        learnt("returning", "about as many rows belong to known users as on the days before: ids mean the same users"),
+        learnt("missing", "a feature is missing about as often as on the days before"),
+        learnt("mix", "a feature's values are about as frequent as on the days before"),
+        learnt("top_user", "no single user has a large part of a day's rows", WARN),
+        learnt("top_item", "no single item has a large part of a day's rows", WARN),
+        learnt("late", "about as many rows arrive a day late as on the days before", WARN),
     ]
 
 
@@ -109,7 +109,7 @@ def item_rules() -> list[Expectation]:
         *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("item_id", "created_at")),
         gxe.ExpectColumnValuesToBeUnique(column="item_id"),
         gxe.ExpectColumnValuesToNotBeNull(column="title", severity=WARN),
-        is_true("is_readable", "texts were decoded as what they are: no “cafÃ©” for “café”", mostly=0.99),
+        is_true("is_readable", "texts were decoded with the right encoding: no “cafÃ©” for “café”", mostly=0.99),
     ]
 
 
@@ -127,26 +127,30 @@ def vector_rules(name: str) -> list[Expectation]:
             column="non_finite_values", max_value=0, description=f"no NaN or infinity in a {name} vector"
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="norm", min_value=0, strict_min=True, mostly=0.99, description=f"next to no {name} vector is zero"
+            column="norm",
+            min_value=0,
+            strict_min=True,
+            mostly=0.99,
+            description=f"almost no {name} vector is zero",
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="norm", min_value=0, strict_min=True, description=f"no {name} vector is all zeros", severity=WARN
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="off", max_value=1, description=f"no {name} vector is so long that it sets the scale of all"
+            column="off", max_value=1, description=f"no {name} vector is so long that it sets the scale of all others"
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="off", min_value=-1, description=f"no {name} vector is next to nothing", severity=WARN
+            column="off", min_value=-1, description=f"no {name} vector is almost zero", severity=WARN
         ),
     ]
 
 
 def cohort_rules(name: str) -> list[Expectation]:
     return [
-        learnt("no_vector", f"new items have a {name} vector about as often as those before them"),
-        learnt("norm", f"new items' {name} vectors are about as long as those before them"),
-        learnt("direction", f"new items' {name} vectors point about where those before them do"),
-        learnt("directions", f"new items' {name} vectors vary in the directions in which those before them do"),
+        learnt("no_vector", f"new items have a {name} vector about as often as older items"),
+        learnt("norm", f"new items' {name} vectors are about as long as those of older items"),
+        learnt("direction", f"new items' {name} vectors point in about the same direction as those of older items"),
+        learnt("directions", f"new items' {name} vectors vary in the same directions as those of older items"),
     ]
 
 
@@ -166,6 +170,6 @@ def freshness_rules(config: ValidateConfig) -> list[Expectation]:
 def quarantine_rules() -> list[Expectation]:
     return [
         gxe.ExpectColumnValuesToBeBetween(
-            column="rows", max_value=0, description="ingest left no broken row out", severity=QUARANTINE
+            column="rows", max_value=0, description="ingest left out no broken row", severity=QUARANTINE
         )
     ]

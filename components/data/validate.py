@@ -1,7 +1,7 @@
 """validate: Great Expectations judges the canonical data.
 
-The rules are in `rules.py`, what they judge in `frames.py`: facts that no single row tells (an item is known, a vector
-is finite, a day's volume beside the days before it) are columns there, and a rule is a plain statement on a column.
+The rules are in `rules.py`, the tables that they judge in `frames`. Facts that no single row shows (an item is known, a
+day has as many rows as the days before it) are columns of these tables, so each rule is a plain statement on a column.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
 
 EXAMPLES = 3
-UNSAID = {"column", "batch_id", "row_condition"}  # of a rule, where its limits are told
+NOT_LIMITS = {"column", "batch_id", "row_condition"}  # arguments of a rule that are not part of its limits
 
 
 def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> dict[str, Any]:
-    """Judge the canonical folder; write the report and the Data Docs either way.
+    """Judge the canonical folder; write the report and the Data Docs, whatever the result.
 
-    Raises ValueError that names table, column and rule, with three example rows, where a rule that stops is broken.
+    Raises ValueError if a rule with severity `stop` is broken; it names table, column and rule, and shows three rows.
     """
     facts = read_json(canonical / "source.json", "ingest")
     tables = suites(config, Canonical(canonical), facts)
@@ -53,15 +53,15 @@ def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> di
         if not verdict["passed"] and verdict["severity"] != "stop":
             logging.getLogger(__name__).warning("%s: %s", verdict["severity"], describe(verdict))
     if broken:
-        told = "\n  ".join(describe(verdict) for verdict in broken)
-        raise ValueError(f"{canonical} breaks {len(broken)} rule(s); Data Docs: {docs}/index.html\n  {told}")
+        rules = "\n  ".join(describe(verdict) for verdict in broken)
+        raise ValueError(f"{canonical} breaks {len(broken)} rule(s); Data Docs: {docs}/index.html\n  {rules}")
     return report
 
 
 def suites(
     config: ValidateConfig, data: Canonical, facts: dict[str, Any]
 ) -> dict[str, tuple[pd.DataFrame, list[Expectation]]]:
-    """Table -> what is judged, and by which rules. `facts` is source.json."""
+    """Table name -> the table that is judged, and its rules. `facts` is source.json."""
     from components.data import rules  # importing Great Expectations takes seconds
 
     until = parse_time("until", facts["until"]) if facts["until"] else None
@@ -95,14 +95,14 @@ def suites(
 
 
 def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expectation]]]) -> list[str]:
-    """What the rules could not speak of, and why."""
+    """What the rules could not judge, and why."""
     found = []
     if "freshness" not in tables:
         found.append("freshness: ingest.until is null")
     if np.datetime64(last := data.days()[-1]) > tables["days"][0]["day"].max():
-        found.append(f"days: {last} is not over")
+        found.append(f"days: {last} is not complete")
     if tables["figures"][0].empty:
-        found.append("figures: no day has days before it that tell what is usual")
+        found.append("figures: no day has enough days before it to know what is usual")
     return found
 
 
@@ -115,7 +115,7 @@ def summary(report: dict[str, Any]) -> dict[str, str]:
 
 
 def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path) -> list[dict[str, Any]]:
-    """Run every suite in one context of its own, and publish its Data Docs at `docs`."""
+    """Run all suites in one Great Expectations context, and write its Data Docs to `docs`."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -131,7 +131,7 @@ def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
         context.update_data_docs_site(
             "local_site", {"class_name": "SiteBuilder", "store_backend": pages, "site_index_builder": index}
         )
-        context.variables.progress_bars = ProgressBarsConfig(globally=False)  # ours says which table is judged
+        context.variables.progress_bars = ProgressBarsConfig(globally=False)  # ours shows which table is judged
         source = context.data_sources.add_pandas("canonical")
         for name, (frame, rules) in tqdm(tables.items(), "validate", unit="table", disable=None):
             batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
@@ -154,7 +154,7 @@ def _verdict(table: str, frame: pd.DataFrame, result: Any) -> dict[str, Any]:
     config, found = result.expectation_config, result.result
     if result.exception_info and result.exception_info.get("raised_exception"):
         raise ValueError(f"{table}: {config.type} could not be judged: {result.exception_info['exception_message']}")
-    kwargs = {k: v for k, v in config.kwargs.items() if k not in UNSAID and v is not None}
+    kwargs = {k: v for k, v in config.kwargs.items() if k not in NOT_LIMITS and v is not None}
     verdict: dict[str, Any] = {
         "table": table,
         "column": (config.meta or {}).get("figure") or config.kwargs.get("column"),
@@ -186,9 +186,9 @@ def _plain(value: Any) -> Any:
 def describe(verdict: dict[str, Any]) -> str:
     """`events.label: expect_column_values_to_be_in_set {…}: 12 rows, e.g. row 5 {…}`."""
     where = verdict["table"] + (f".{verdict['column']}" if verdict["column"] else "")
-    said = f" ({verdict['says']})" if verdict["says"] else ""
-    text = f"{where}: {verdict['rule']} {verdict['limits']}{said}: "
+    meaning = f" ({verdict['says']})" if verdict["says"] else ""
+    text = f"{where}: {verdict['rule']} {verdict['limits']}{meaning}: "
     if not verdict["examples"]:
         return text + f"observed {verdict['observed']}"
-    told = "; ".join(str(example) for example in verdict["examples"])
-    return text + f"{verdict['broken_rows']} row(s), e.g. {told}"
+    examples = "; ".join(str(example) for example in verdict["examples"])
+    return text + f"{verdict['broken_rows']} row(s), e.g. {examples}"

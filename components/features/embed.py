@@ -104,8 +104,8 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
         encoders[IMAGE] = images.name
     if earlier is not None and earlier.encoders != encoders:
         raise ValueError(
-            f"embed.fit: {config.fit} was fitted on {_listed(earlier.encoders)}, here are {_listed(encoders)}; "
-            "set embed.fit to null, which fits anew, or bring back what it was fitted on"
+            f"embed.fit: {config.fit} was fitted on {_listed(earlier.encoders)}, now it is {_listed(encoders)}; "
+            "set embed.fit to null to fit again, or bring back what it was fitted on"
         )
     fit = earlier or Fit({}, [], encoders, 1.0)
     if texts is not None and sentences is not None:
@@ -119,7 +119,7 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
         if x_IE.shape[1] != (width := len(fit.arrays[f"{name}.mean"])):
             raise ValueError(
                 f"embed.fit: vectors of {name} have {x_IE.shape[1]} values here, {config.fit} was fitted on {width}; "
-                "set embed.fit to null, which fits anew, or bring back vectors of its length"
+                "set embed.fit to null to fit again, or bring back vectors of that length"
             )
     if earlier is None and vectors:
         fit = fit_fusion(config, fit, vectors, train)

@@ -1,8 +1,8 @@
-"""What turns texts and pictures into vectors, with nothing to fit: a new item is embedded as the old ones were.
+"""Encoders that turn texts and pictures into vectors. There is nothing to fit: new items are embedded as old ones were.
 
-Without weights a picture is described by its colours and edges. With weights that the user has, texts go through
-sentence-transformers and pictures through open_clip. Weights are safetensors and nothing else, and no code that comes
-with them is run. An encoder's name tells its bytes: vectors of two names never meet.
+Without a model, a picture is described by its colours and edges. With a model of the user, texts are encoded by
+sentence-transformers and pictures by open_clip. Only weights in safetensors files are loaded, and no code that comes
+with a model is run. An encoder's name contains a hash of its files: vectors of two names are never mixed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Raw = TypeVar("Raw")
 
 @dataclass(frozen=True)
 class Encoder(Generic[Raw]):
-    """name    what makes the vectors; equal names, equal vectors
-    encode  one batch -> float32 [B, width]; what it is of may be read once, and pictures are held one at a time
-    side    pixels a side that it looks at; None: it may look at all
+    """name    identifies the encoder; equal names give equal vectors
+    encode  one batch -> float32 [B, width]. It iterates over the batch once, and holds one picture at a time
+    side    pixels a side that it needs of a picture; None: it may need all
     """
 
     name: str
@@ -44,7 +44,10 @@ class Encoder(Generic[Raw]):
 
 
 def text_encoder(model: str) -> Encoder[str]:
-    """Sentence-transformers' model in a folder, or of a name on Hugging Face. Raises ValueError where there is none."""
+    """A model of sentence-transformers, in a folder or by its name on Hugging Face.
+
+    Raises ValueError if there is none.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -69,9 +72,9 @@ def text_encoder(model: str) -> Encoder[str]:
 
 
 def image_encoder(model: str | None) -> Encoder[Image]:
-    """open_clip's model in a folder, or of a name on Hugging Face; None: `describe`.
+    """A model of open_clip, in a folder or by its name on Hugging Face; None: `describe`.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     if model is None:
         return Encoder("descriptors 1", describe, SIDE)
@@ -104,9 +107,9 @@ def describe(pictures: Iterable[Image]) -> np.ndarray:
     transform), and for each of 4×4 cells how strong the edges of each of eight directions are (Dalal and Triggs 2005:
     histograms of oriented gradients; here the whole picture is one block). Both to unit length.
 
-    A picture's values do not hang on the batch that it comes in.
+    A picture's values do not depend on the other pictures of its batch.
     """
-    small = list(map(_pixels, pictures))  # a loop's name would hold one picture while the next is decoded
+    small = list(map(_pixels, pictures))  # a loop variable would hold one picture while the next is decoded
     rgb_BHWC = np.stack(small) / 255
     batch, cell = len(small), SIDE // CELLS
     colour_BF = rgb_BHWC.reshape(batch, CELLS, cell, CELLS, cell, 3).mean(axis=(2, 4)).reshape(batch, -1)
@@ -114,7 +117,7 @@ def describe(pictures: Iterable[Image]) -> np.ndarray:
     strength_BHW = np.hypot(down_BHW, right_BHW)
     turn_BHW = np.arctan2(down_BHW, right_BHW) * (DIRECTIONS / np.pi) % DIRECTIONS  # half a turn is the same edge
     nearest_BHW = np.floor(turn_BHW).astype(np.int64)
-    next_BHW = turn_BHW - nearest_BHW  # shared between the two directions beside it, so that none is a cliff
+    next_BHW = turn_BHW - nearest_BHW  # shared between the two nearest directions, so that a small turn changes little
     at = np.arange(SIDE) // (SIDE // EDGE_CELLS)
     cell_BHW = (np.arange(batch)[:, None, None] * EDGE_CELLS + at[:, None]) * EDGE_CELLS + at
     edges_BF = np.zeros(batch * EDGE_CELLS**2 * DIRECTIONS)
@@ -135,21 +138,21 @@ def _unit(x_BF: np.ndarray) -> np.ndarray:
     return x_BF / np.where(norm_B1 > 0, norm_B1, 1)
 
 
-# ---- models that lie somewhere ----------------------------------------------------------------------------------
+# ---- models in folders and on Hugging Face ----------------------------------------------------------------------
 
 
 def _folder(field: str, model: str) -> Path:
-    """Where the model lies; one of Hugging Face is fetched into that library's cache, without what is not loaded."""
+    """The model's folder. From Hugging Face only the files that are loaded are fetched, into that library's cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(FILES[field])))
-    except Exception as error:  # of the network, of the name, of the rights: each has its own
+    except Exception as error:  # network, name and rights each raise errors of their own
         raise ValueError(
-            f"embed.{field}: {model!r} is no folder, and Hugging Face does not give it ({type(error).__name__}: "
-            f"{error}); name a folder that holds the model"
+            f"embed.{field}: {model!r} is not a folder, and Hugging Face does not have it ({type(error).__name__}: "
+            f"{error}); name a folder that contains the model"
         ) from None
 
 
@@ -157,18 +160,18 @@ def _folder(field: str, model: str) -> Path:
 def _loading(field: str, model: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a broken folder makes the library raise
+    except Exception as error:  # a broken folder can make the library raise anything
         raise ValueError(
-            f"embed.{field}: {model} cannot be loaded ({type(error).__name__}: {error}); it must be a whole model, "
-            "with no code of its own"
+            f"embed.{field}: {model} cannot be loaded ({type(error).__name__}: {error}); it must be a complete model "
+            "without code of its own"
         ) from error
 
 
 def _version(field: str, model: str, folder: Path) -> str:
-    """The model's own name and a hash of the files that say what it does."""
+    """The model's name, and a hash of its weights, configuration and vocabularies."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in FILES[field] for file in folder.rglob(pattern)}):
         name = file.relative_to(folder)
-        if not any(part.startswith(".") for part in name.parts):  # what downloaders note for themselves
+        if not any(part.startswith(".") for part in name.parts):  # files that download tools keep for themselves
             digest.update(f"{name.as_posix()} {file_hash(file)}\n".encode())
     return f"{Path(model).name} {digest.hexdigest()[:16]}"

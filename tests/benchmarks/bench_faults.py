@@ -1,7 +1,7 @@
-"""The fault corpus: each fault, the rule that must catch it, and whether it did. Writes docs/faults.md's table.
+"""The fault corpus: each fault, the rule that must catch it, and whether it did.
 
-python tests/benchmarks/bench_faults.py            prints the table; exits with 1 where a fault went by
-python tests/benchmarks/bench_faults.py --write    and writes it into docs/faults.md
+python tests/benchmarks/bench_faults.py            prints the table; exits with 1 if a fault was missed
+python tests/benchmarks/bench_faults.py --write    also writes the table into docs/faults.md
 """
 
 from __future__ import annotations

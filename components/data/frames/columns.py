@@ -12,12 +12,13 @@ from components.data.thresholds import FEWEST_LABELS, ValidateConfig
 
 
 def column_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.DataFrame:
-    """One row a feature: its number of `values`, and `tells_label`, 0 to 1: how well it predicts the label on the
-    judged day on which it does so best, or on all of them together. Values that come once a day can repeat over days.
+    """One row a feature: its number of `values`, and `tells_label`, 0 to 1: how well it predicts the label on that of
+    the newest days on which it does so best, or on all of them together. Together they have values that repeat over
+    days alone, and enough rows if each day has few.
     """
     label_R = recent.events["label"].fill_null(0).to_numpy()
     days = [recent.day_R == day for day in np.flatnonzero(recent.enough_D)]
-    days.append(recent.enough_D[recent.day_R])
+    days.append(recent.day_R >= len(recent.days) - config.trailing_days)
     found = []
     for name, code_R in features(recent.events, data):
         code_R = code_R + 1  # a missing value is a value: it can predict the label too
@@ -46,5 +47,5 @@ def tells_label(code_R: np.ndarray, label_R: np.ndarray, fewest: int) -> float:
         return 0.0
     away_R = label_R - label_R.mean()
     rows_V, sum_V, squares_V = (np.bincount(code_R, weights) for weights in (None, away_R, away_R**2))
-    told = ((sum_V**2 - squares_V) / np.maximum(rows_V - 1, 1)).sum() / squares_V.sum()
-    return float(np.clip(told, 0, 1) ** 0.5)
+    explained = ((sum_V**2 - squares_V) / np.maximum(rows_V - 1, 1)).sum() / squares_V.sum()
+    return float(np.clip(explained, 0, 1) ** 0.5)

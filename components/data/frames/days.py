@@ -1,4 +1,4 @@
-"""The newest days beside the days before them."""
+"""The newest days compared with the days before them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from components.data.frames.rows import features, partition_days
 from components.data.thresholds import CHANCE, DAYS, FLOORS, SIGMA, WEEK, WEEKS, ValidateConfig
 
 DAY = np.timedelta64(1, "D")
-BUCKETS = 4096  # values of a feature that are counted apart; beyond it they share counts
+BUCKETS = 4096  # counters of one feature's values; a feature with more values shares them
 
 
 @dataclass(frozen=True)
 class Recent:
-    """The days that are judged and those that they are beside; shapes: D days, R rows of theirs."""
+    """The judged days and those that they are compared with. Shapes: D days, R rows of these days."""
 
     days: np.ndarray  # datetime64[D], every day of the calendar
-    judged_D: np.ndarray  # bool: among the newest, and days with enough rows before it
-    enough_D: np.ndarray  # bool: among the newest, and with enough rows of its own
+    judged_D: np.ndarray  # bool: among the newest, and the days before it have enough rows
+    enough_D: np.ndarray  # bool: among the newest, and it has enough rows
     rows_D: np.ndarray
     usual_D: np.ndarray  # median rows of the days before
     events: pa.Table  # of the days
@@ -33,11 +33,11 @@ class Recent:
     repeats_R: np.ndarray  # bool: an earlier event has the user, the item and the time of day
 
     def count(self, which_R: np.ndarray) -> np.ndarray:
-        """How many rows of a day are marked: int64 [D]."""
+        """How many rows of each day are marked: float64 [D]."""
         return np.bincount(self.day_R, weights=which_R, minlength=len(self.days))
 
     def table(self, code_R: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        """How often a day has a code: float64 [D, codes]; a negative code is none."""
+        """How often each day has each code: float64 [D, codes]. Negative codes (missing) do not count."""
         code_R = np.where(code_R < 0, -1, code_R % BUCKETS)
         wide, has = int(code_R.max(initial=0)) + 1, code_R >= 0
         cell = self.day_R[has] * wide + code_R[has]
@@ -46,9 +46,9 @@ class Recent:
 
 
 def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None) -> Recent:
-    """The newest `trailing_days` days of the calendar that are over, and those that tell what is usual on them.
+    """The newest `trailing_days` complete days of the calendar, and the earlier days that show what is usual.
 
-    The times of a source that gives its histories are an order and no more: all of its rows are one day, with none
+    If a source gives its own histories, its timestamps are only an order: all of its rows count as one day, with no day
     before it.
     """
     events, day, last = data.events(), partition_days(data), last_day(data, until)
@@ -58,7 +58,7 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
     first = min(last, max(day.min(), last - (config.trailing_days + before - 1) * DAY))
     days = np.arange(first, last + DAY)
     user = pd.factorize(events["user_id"].to_numpy())[0]
-    start = np.flatnonzero(np.diff(np.maximum.accumulate(user), prepend=-1))  # events lie in time order
+    start = np.flatnonzero(np.diff(np.maximum.accumulate(user), prepend=-1))  # events are in time order
     time = events["timestamp"].cast(pa.int64()).fill_null(0).to_numpy()
     key = {"user": user, "item": events["item_id"].to_numpy(), "time": time % (86_400 * 1_000_000)}
     recent = (day >= first) & (day <= last)
@@ -80,16 +80,17 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
 
 
 def last_day(data: Canonical, until: datetime | None) -> np.datetime64:
-    """The newest day that is over at `until`, be it empty; where that is null, the newest with events that is over now.
+    """The newest day that is complete at `until`, even if it is empty. If `until` is None, the newest day with events
+    that is complete now.
 
-    A part of a day has neither the rows nor the hours of a day.
+    A day that is not complete has fewer rows and other hours, so it is not judged.
     """
     over = np.datetime64((until or datetime.now(UTC)).replace(tzinfo=None), "D") - DAY
     return over if until else min([over, *np.array(data.days()[-1:], dtype="datetime64[D]")])
 
 
 def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
-    """The newest `trailing_days` days: rows, clicked share."""
+    """One row for each of the newest `trailing_days` days: its rows and its share of clicks."""
     clicks = recent.count(recent.events["label"].fill_null(0).to_numpy())
     with np.errstate(invalid="ignore"):
         rate = clicks / recent.rows_D
@@ -100,11 +101,11 @@ def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
 
 
 def figure_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.DataFrame:
-    """One row a judged day and figure: `value`, what is `usual`, how far it is `allowed` to lie from it, and `off`, its
-    distance in units of that. The last is what the rules judge.
+    """One row a judged day and figure: its `value`, the `usual` value, the difference that is `allowed`, and `off`, the
+    difference divided by the allowed one. The rules judge `off`.
 
-    Usual is the median of the days before or, where the day is nearer to it, that of the same weekday in the weeks
-    before: a week has its rhythm.
+    The usual value is the median of the days before, or that of the same weekday in the weeks before, whichever is
+    nearer: weekends differ from weekdays.
     """
     tables = []
     for figure, of, value_D, chance_D in _figures(recent, data, config.trailing_days):
@@ -112,16 +113,16 @@ def figure_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.
         usual_BD, spread_BD = map(np.stack, zip(*beside, strict=True))
         allowed_BD = FLOORS[figure] + config.spreads * SIGMA * spread_BD + CHANCE * chance_D
         off_BD = (value_D - usual_BD) / allowed_BD
-        weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False where too few weeks are there
-        told = {"day": recent.days, "figure": figure, "of": of, "value": value_D}
+        weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False if there are too few weeks
+        table = {"day": recent.days, "figure": figure, "of": of, "value": value_D}
         for name, (days_D, weeks_D) in {"usual": usual_BD, "allowed": allowed_BD, "off": off_BD}.items():
-            told[name] = np.where(weekly_D, weeks_D, days_D)
-        tables.append(pd.DataFrame(told)[recent.judged_D])
+            table[name] = np.where(weekly_D, weeks_D, days_D)
+        tables.append(pd.DataFrame(table)[recent.judged_D])
     return pd.concat(tables, ignore_index=True)
 
 
 def _figures(recent: Recent, data: Canonical, width: int) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
-    """(figure, the column that it is of, its value [D], a standard deviation that its number of rows gives it [D])."""
+    """(figure, its column or "", its values [D], their standard deviations by the number of rows alone [D])."""
     events, rows_D = recent.events, np.where(recent.rows_D, recent.rows_D, np.nan).astype(float)
     clicks_D = recent.count(events["label"].fill_null(0).to_numpy())
     odds_D = (clicks_D + 0.5) / (rows_D - clicks_D + 0.5)
@@ -151,14 +152,14 @@ def _figures(recent: Recent, data: Canonical, width: int) -> Iterator[tuple[str,
 
 
 def _before(value_D: np.ndarray, width: int, step: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Median, and median absolute deviation, of `width` days before each day, `step` days apart; NaN where fewer than
-    `DAYS` have a value."""
+    """Median and median absolute deviation of the `width` days before each day, `step` days apart; NaN if fewer than
+    `DAYS` of them have a value."""
     padded = np.concatenate([np.full(step * width, np.nan), value_D[:-1]])
     before_DW = np.lib.stride_tricks.sliding_window_view(padded, step * width)[:, ::step]
-    tells = np.isfinite(before_DW).sum(axis=1) >= min(DAYS, width)
+    enough = np.isfinite(before_DW).sum(axis=1) >= min(DAYS, width)
     median, spread = np.full((2, len(value_D)), np.nan)
-    median[tells] = np.nanmedian(before_DW[tells], axis=1)
-    spread[tells] = np.nanmedian(np.abs(before_DW[tells] - median[tells, None]), axis=1)
+    median[enough] = np.nanmedian(before_DW[enough], axis=1)
+    spread[enough] = np.nanmedian(np.abs(before_DW[enough] - median[enough, None]), axis=1)
     return median, spread
 
 

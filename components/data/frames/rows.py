@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 
 from components.common.contracts import ARRIVAL, EVENTS, ITEMS, ORACLE, USERS, Canonical, attributes
 
-# The UTF-8 bytes of a letter or a dash read as Latin-1 or Windows-1252, and the sign for what could not be read.
+# A letter or a dash whose UTF-8 bytes were read as Latin-1 or Windows-1252, and the sign for unreadable bytes.
 MOJIBAKE = "[ÂÃ][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|â[\u0080€][\u0080-\u00bf™œž“”˜¦¢]|\ufffd"
 
 
 def event_frame(data: Canonical) -> pd.DataFrame:
-    """One row an event, with the columns that say whether its item, user, day and times are right."""
+    """One row an event, with columns that say whether its item, user, day and times are right."""
     events, items = data.events(), data.items()
     own = [name for name in (*EVENTS.names, ORACLE) if name in events.column_names]
     frame = events.select(own).to_pandas()
-    if ORACLE in own:  # of float32 Great Expectations judges one value at a time
+    if ORACLE in own:  # Great Expectations judges float32 one value at a time
         frame[ORACLE] = frame[ORACLE].astype(np.float64)
     row = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks(), skip_nulls=True)
     created = items["created_at"].take(row.combine_chunks())
@@ -47,7 +47,7 @@ def item_frame(data: Canonical) -> pd.DataFrame:
 
 
 def quarantine_frame(root: Path, broken: dict[str, int], known: int) -> pd.DataFrame:
-    """One row a reason for which ingest found rows broken: how many, their share of the known rows, and one of them."""
+    """One row a reason why ingest left rows out: how many, their share of the known rows, and one of them."""
     rows = []
     for file in sorted((root / "quarantine").glob("*.parquet")):
         first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
@@ -58,7 +58,7 @@ def quarantine_frame(root: Path, broken: dict[str, int], known: int) -> pd.DataF
 
 
 def features(events: pa.Table, data: Canonical) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, one code an event, -1 where the value is missing) for contexts and attributes of users and items."""
+    """(name, one code an event, -1 if its value is missing) for each context and each attribute of users and items."""
     owners = ((events, EVENTS, None), (data.users(), USERS, "user_id"), (data.items(), ITEMS, "item_id"))
     for table, schema, key in owners:
         for name in attributes(table, schema):
@@ -74,7 +74,7 @@ def is_in(column: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
 
 
 def partition_days(data: Canonical) -> np.ndarray:
-    """The day of the folder that each event lies in: datetime64[D]."""
+    """The day whose folder holds each event: datetime64[D]."""
     files = (data.root / "events" / f"day={day}" / "part-0.parquet" for day in data.days())
     rows = [pq.ParquetFile(file).metadata.num_rows for file in files]
     return np.array(data.days(), dtype="datetime64[D]").repeat(rows)

@@ -1,9 +1,9 @@
 """The fault corpus: what goes wrong with click data, planted one at a time, and the rule that must catch it.
 
-A fault is planted in the tables that a source gives, before ingest (`raw`), or in the canonical folder, after it
-(`folder`). `rule` is what must catch it and `also` what else it breaks, as `Catch` tells them: `stop ingest: …` and
-`stop read: …` are errors of ingest and of a file that cannot be read, by the start of what they say; `quarantine …`
-names the reason; the others name severity, table and column or figure.
+A fault is planted before ingest in the tables that a source gives (`raw`), or after ingest in the canonical folder
+(`folder`). `rule` is what must catch it, and `also` is what else it breaks. `stop ingest: …` and `stop read: …` are
+errors of ingest and of a file that cannot be read, given by the start of their text. `quarantine …` names the reason.
+All others name severity, table, and column or figure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.common.artifacts import write_json
 from components.common.contracts import ARRIVAL, Canonical
 from components.common.contracts import UTC as TIMESTAMP
 from components.data import validate
@@ -69,8 +68,7 @@ def clean_tables() -> RawTables:
 
 
 class Corpus:
-    """Plants faults, and tells what validation says of each: a table that a fault leaves as it is, with the rules that
-    it had, is not judged again."""
+    """Plants faults and returns what validation finds. Only the tables that a fault changes are judged again."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -110,12 +108,12 @@ class Corpus:
 
 
 def said(rule: str, broken: set[str]) -> bool:
-    """Whether a rule is among the broken ones; errors are told by how they start."""
+    """Whether a rule is among the broken ones. An error is recognised by the start of its text."""
     return any(one == rule or (": " in rule and one.startswith(rule)) for one in broken)
 
 
 def table_of_faults(corpus: Corpus) -> list[tuple[str, str, str, bool]]:
-    """(fault, rule, also, whether these and no others caught it) of the whole corpus."""
+    """For each fault: its name, rule, also, and whether exactly these rules caught it."""
     rows = []
     for fault in FAULTS:
         broken = corpus.catch(fault)
@@ -142,12 +140,12 @@ def on(day: int, share: float = 1.0, seed: int = 0) -> Callable[[pa.Table], np.n
 
 
 def some(rows: int) -> Callable[[pa.Table], np.ndarray]:
-    """Marks this many rows, far from each other."""
+    """Marks this many rows, spread over the table."""
     return lambda t: np.isin(np.arange(len(t)), np.linspace(5, len(t) - 1, rows).astype(int))
 
 
 def put(table: pa.Table, column: str, mask: np.ndarray, values: Any) -> pa.Table:
-    """The table with a column's marked rows replaced by one value or by those of an array [rows of the table]."""
+    """The table with a column's marked rows replaced by one value, or by the values of an array of its length."""
     kind = table.schema.field(column).type
     new = pa.array(values, kind) if isinstance(values, list | np.ndarray) else pa.scalar(values, kind)
     return with_column(table, column, pc.if_else(pa.array(mask), new, table[column].combine_chunks()))
@@ -158,7 +156,7 @@ def events(change: Callable[[pa.Table], pa.Table]) -> Raw:
 
 
 def cells(column: str, mask: Callable[[pa.Table], np.ndarray], values: Any) -> Raw:
-    """Events, with the values that a constant, or a function of the table, gives to the marked rows."""
+    """Events whose marked rows have the value of a constant or of a function of the table."""
     return events(lambda t: put(t, column, mask(t), values(t) if callable(values) else values))
 
 
@@ -194,7 +192,7 @@ def is_new(raw: RawTables, table: pa.Table) -> np.ndarray:
 
 
 def new_vectors(name: str, change: Callable[[np.ndarray, RawTables], np.ndarray]) -> Raw:
-    """A modality with the vectors [rows, dim] of new items replaced by what `change` makes of them all."""
+    """A modality with the new items' vectors replaced. `change` gets and returns all vectors [rows, dim]."""
 
     def spoil(raw: RawTables) -> RawTables:
         table = raw.modalities[name]
@@ -214,7 +212,7 @@ def vector_table(ids: Any, x_ND: np.ndarray) -> pa.Table:
 
 
 def other_modality(x_ND: np.ndarray, raw: RawTables) -> np.ndarray:
-    """The text vectors, row for row with the images' items; an item without one has that of another item."""
+    """The text vectors of the images' items, in their order; an item without one gets another item's."""
     text = raw.modalities["text"]
     row = pc.index_in(raw.modalities["image"]["item_id"], value_set=text["item_id"].combine_chunks())
     return matrix(text)[row.fill_null(0).to_numpy()]
@@ -251,19 +249,6 @@ def cut(name: str, keep: float) -> Folder:
     return spoil
 
 
-def told(**facts: Any) -> Folder:
-    """source.json with other facts."""
-    return lambda f: write_json(f / "source.json", json.loads((f / "source.json").read_text()) | facts)
-
-
-def both(*changes: Folder) -> Folder:
-    def spoil(folder: Path) -> None:
-        for change in changes:
-            change(folder)
-
-    return spoil
-
-
 def shifted(hours: float, day: int, columns: tuple[str, ...] = ("timestamp",)) -> Raw:
     """A day's times moved."""
 
@@ -286,7 +271,7 @@ def spike(t: pa.Table) -> pa.Table:
 
 
 def yesterday_again(t: pa.Table) -> pa.Table:
-    """The newest day is the day before it, under today's date."""
+    """The newest day has the rows of the day before it, with its own date."""
     copy = t.filter(pa.array(on(DAYS - 2)(t)))
     for column in ("timestamp", ARRIVAL):
         copy = with_column(copy, column, copy[column].cast(pa.int64()).to_numpy() + 24 * HOUR)

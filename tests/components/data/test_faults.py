@@ -1,5 +1,5 @@
-"""Every fault of the corpus is caught by its rule and by no other; thirty clean days raise nothing, and neither do
-thirty with weekends."""
+"""Every fault of the corpus is caught by its rule and by no other. Thirty clean days break no rule, with weekends or
+without."""
 
 from __future__ import annotations
 

@@ -340,7 +340,7 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
-    assert found.report["not_judged"] == ["days: 2024-03-08 is not over"]
+    assert found.report["not_judged"] == ["days: 2024-03-08 is not complete"]
     assert found.report["rows"]["events"] == facts["impressions"]  # its rows are, one by one
 
     class Clock(datetime):
@@ -352,13 +352,13 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
     Planter(tmp_path / "canonical").until(None)
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
-    assert found.report["not_judged"] == ["freshness: ingest.until is null", "days: 2024-03-08 is not over"]
+    assert found.report["not_judged"] == ["freshness: ingest.until is null", "days: 2024-03-08 is not complete"]
 
 
 def test_a_first_day_that_is_not_over(tmp_path: Path) -> None:
     ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00"), tmp_path / "canonical")
     found = judged(tmp_path / "canonical")
-    assert found.error == "" and "days: 2024-03-01 is not over" in found.report["not_judged"]
+    assert found.error == "" and "days: 2024-03-01 is not complete" in found.report["not_judged"]
 
 
 def jumping() -> RawTables:
@@ -389,7 +389,7 @@ def test_days_are_held_to_each_other_where_there_are_days(tmp_path: Path) -> Non
     ingest_tables(timeless(jumping()), tmp_path / "timeless")
     found = judged(tmp_path / "timeless")
     assert (found.error, found.broken) == ("", set())
-    assert "figures: no day has days before it that tell what is usual" in found.report["not_judged"]
+    assert "figures: no day has enough days before it to know what is usual" in found.report["not_judged"]
     assert found.report["rows"]["days"] == 1  # of all rows, for its share of clicks and what tells them
 
 
@@ -530,6 +530,8 @@ def test_a_leak_whose_values_repeat_over_days_alone(clean: Path, tmp_path: Path)
     events = raw.events.append_column("ticket", pa.array(2 * rank + label).cast(pa.string()))
     ingest_tables(replace(raw, events=events), tmp_path / "canonical", UNTIL)
     assert judged(tmp_path / "canonical").broken == {"columns.tells_label: column_values_to_be_between"}
+    thin = replace(VALIDATE, min_day_rows=500)  # no day has enough rows; the newest five together have
+    assert judged(tmp_path / "canonical", thin).broken == {"columns.tells_label: column_values_to_be_between"}
 
 
 def test_vector_frame_equals_rows_computed_one_by_one() -> None:
@@ -538,18 +540,18 @@ def test_vector_frame_equals_rows_computed_one_by_one() -> None:
     vectors[3], vectors[4] = [0.0] * 3, [float("nan"), float("inf"), 2.0]
     table = pa.table({"item_id": range(20), "vector": pa.array(vectors, pa.list_(pa.float32()))})
     frame = vector_frame(table, pa.chunked_array([pa.array(range(19))]), 5.0)
-    there = [i for i in range(20) if vectors[i] is not None]
-    assert frame["item_id"].tolist() == there
-    assert frame["item_is_known"].tolist() == [i < 19 for i in there]
-    assert frame["is_usual_length"].tolist() == [i != 7 for i in there]
-    assert frame["non_finite_values"].tolist() == [2 if i == 4 else 0 for i in there]
-    norms = [np.linalg.norm([v for v in vectors[i] if np.isfinite(v)]) for i in there]
+    present = [i for i in range(20) if vectors[i] is not None]
+    assert frame["item_id"].tolist() == present
+    assert frame["item_is_known"].tolist() == [i < 19 for i in present]
+    assert frame["is_usual_length"].tolist() == [i != 7 for i in present]
+    assert frame["non_finite_values"].tolist() == [2 if i == 4 else 0 for i in present]
+    norms = [np.linalg.norm([v for v in vectors[i] if np.isfinite(v)]) for i in present]
     assert frame["norm"].to_numpy() == pytest.approx(norms, rel=1e-6)
     log = np.log([norm or np.nan for norm in norms])
     away = log - np.nanmedian(log)
     allowed = np.log(4) + 5 * SIGMA * np.nanmedian(np.abs(away))
     assert frame["off"].to_numpy() == pytest.approx(away / allowed, abs=1e-6, nan_ok=True)
-    assert frame["off"].isna().tolist() == [i == 3 for i in there]  # of zeros there is no logarithm
+    assert frame["off"].isna().tolist() == [i == 3 for i in present]  # of zeros there is no logarithm
     assert vector_frame(table.slice(0, 1), pa.chunked_array([pa.array([0])]), 5.0).empty
 
 
@@ -560,12 +562,12 @@ def test_require_takes_only_a_report_of_these_bytes_that_passed(
     passed: Judged, clean: Path, cells: Judged, planter: Callable[[], Planter], tmp_path: Path
 ) -> None:
     spoiled = cells.report_file.with_name("canonical")
-    with pytest.raises(ValueError, match=r"report\.json: the data did not pass; mend it and run `dvc repro validate`"):
+    with pytest.raises(ValueError, match=r"\.json: the data did not pass; correct them and run `dvc repro validate`"):
         require(cells.report_file, spoiled)
     planted = planter()
     require(passed.report_file, planted.root)
     planted.day("2024-03-08", lambda t: t.slice(1))
-    with pytest.raises(ValueError, match=r"judged other data than .* holds now; run `dvc repro validate`"):
+    with pytest.raises(ValueError, match=r"is about other data than .* holds now; run `dvc repro validate`"):
         require(passed.report_file, planted.root)
     with pytest.raises(ValueError, match="is not there; run `dvc repro validate`"):
         require(tmp_path / "report.json", clean)

@@ -272,10 +272,10 @@ def test_an_earlier_fit_must_be_whole_and_of_the_same_kind(embedded: Path, raw: 
     kept = replace(CONFIG, fit=str(embedded))
     with pytest.raises(ValueError, match=r"embed\.dim is 5, but the fit of .* has 6; set the one to the other"):
         run(raw, tmp_path / "dim", replace(kept, dim=5))
-    told = r"fitted on image by vectors of the source, text by vectors of the source, here are text by vectors of .*;"
+    told = r"fitted on image by vectors of the source, text by vectors of the source, now it is text by vectors of .*;"
     with pytest.raises(ValueError, match=told):
         run(replace(raw, modalities={"text": raw.modalities["text"]}), tmp_path / "kinds", kept)
-    with pytest.raises(ValueError, match=r"text by vectors of the source, here are .*text by TF-IDF; set embed\.fit"):
+    with pytest.raises(ValueError, match=r"text by vectors of the source, now it is .*text by TF-IDF; set embed\.fit"):
         run(with_texts(raw, image=True), tmp_path / "words", kept)
     with pytest.raises(ValueError, match=r"fit\.json is not there"):
         run(raw, tmp_path / "none", replace(kept, fit=str(tmp_path / "no")))
@@ -416,7 +416,7 @@ def test_titles_are_embedded_if_no_item_has_a_text(
     assert version(folder) != version(texts)
     for item, vector in vectors(texts).items():
         np.testing.assert_array_equal(vectors(folder)[item], vector)
-    with pytest.raises(ValueError, match=r"fitted on text by TF-IDF of titles, here are text by TF-IDF; set"):
+    with pytest.raises(ValueError, match=r"fitted on text by TF-IDF of titles, now it is text by TF-IDF; set"):
         run(with_texts(raw), tmp_path / "mixed", replace(CONFIG, dim=3, fit=str(folder)))
 
 
@@ -490,7 +490,7 @@ def test_vectors_of_two_encoders_never_meet(raw: RawTables, sentences: Path, tmp
     for fitted, folder in folders.items():
         for name, config in configs.items():
             if name != fitted:
-                told = f"fitted on text by {names[fitted]}, here are text by {names[name]}; set embed.fit to null"
+                told = f"fitted on text by {names[fitted]}, now it is text by {names[name]}; set embed.fit to null"
                 with pytest.raises(ValueError, match=told):
                     run(given, tmp_path / f"{fitted}-{name}", replace(config, fit=str(folder)))
 
@@ -561,7 +561,7 @@ def test_new_pictures_are_embedded_without_a_refit(raw: RawTables, tmp_path: Pat
     fit = load_file(first / "fit.safetensors")
     np.testing.assert_allclose(after[999_999], by_hand(fit, {"image": described}), atol=1e-4)
     given = replace(raw, modalities={"image": raw.modalities["image"]})
-    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, here are image by vectors of the source"):
+    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, now it is image by vectors of the source"):
         run(given, tmp_path / "no", replace(CONFIG, fit=str(first)))
 
 
@@ -599,5 +599,5 @@ def test_pictures_go_through_an_encoder(raw: RawTables, tmp_path: Path) -> None:
             # drawn weights tell pictures little apart, and standardising makes the rounding of a batch large
             np.testing.assert_allclose(found[item], by_hand(fit, {"image": vector}), atol=0.02)
     assert version(folder) != version(described)
-    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, here are image by open_clip clip "):
+    with pytest.raises(ValueError, match=r"fitted on image by descriptors 1, now it is image by open_clip clip "):
         run(given, tmp_path / "mixed", replace(config, fit=str(described)))

@@ -171,7 +171,7 @@ def test_code_beside_the_weights_is_not_run(copied: Callable[[], Path], tmp_path
     modules = json.loads((model / "modules.json").read_text())
     modules[2]["type"] = "own.Own"
     (model / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match=r"(?s)embed\.text_encoder: .* cannot be loaded .* with no code of its own"):
+    with pytest.raises(ValueError, match=r"(?s)embed\.text_encoder: .* cannot be loaded .* without code of its own"):
         text_encoder(str(model))
     assert not trace.exists()
 
@@ -186,9 +186,9 @@ def test_a_name_is_looked_up_on_hugging_face(sentences: Path, tmp_path: Path, mo
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    found, there = text_encoder("somebody/small"), text_encoder(str(sentences))
-    assert found.name == there.name and found.encode(TEXTS).tobytes() == there.encode(TEXTS).tobytes()
-    told = r"embed\.text_encoder: 'somebody/large' is no folder, and Hugging Face does not .*name a folder that holds"
+    found, local = text_encoder("somebody/small"), text_encoder(str(sentences))
+    assert found.name == local.name and found.encode(TEXTS).tobytes() == local.encode(TEXTS).tobytes()
+    told = r"embed\.text_encoder: 'somebody/large' is not a folder, and Hugging Face does not .*a folder that contains"
     with pytest.raises(ValueError, match=told):
         text_encoder("somebody/large")
 
@@ -255,5 +255,5 @@ def test_weights_that_are_cut_short(clip: Path, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.CRITICAL)
     weights = clip / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"embed\.image_encoder: .*clip cannot be loaded .*it must be a whole model"):
+    with pytest.raises(ValueError, match=r"embed\.image_encoder: .*clip cannot be loaded .*must be a complete model"):
         image_encoder(str(clip))
