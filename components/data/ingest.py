@@ -222,13 +222,13 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
     if len(left_out) > config.max_rejected * len(named):
         raise ValueError(
             f"{config.source}: {len(left_out)} of {len(named)} pictures cannot be read, more than "
-            f"ingest.max_rejected ({config.max_rejected}) of them ({pictures.summary(left_out)}); mend the files or "
+            f"ingest.max_rejected ({config.max_rejected}) of them ({pictures.describe(left_out)}); mend the files or "
             f"the column {IMAGE!r} of the items, or raise the limit"
         )
     if len(left_out):
         (folder / "quarantine").mkdir(exist_ok=True)
         pq.write_table(left_out, folder / "quarantine" / "pictures.parquet")
-        told = f"{len(left_out)} of {len(named)} pictures left out: {pictures.summary(left_out)}"
+        told = f"{len(left_out)} of {len(named)} pictures left out: {pictures.describe(left_out)}"
         Console(stderr=True, highlight=False).print(told, markup=False)
     reasons = {count["values"]: count["counts"] for count in pc.value_counts(left_out["reason"]).to_pylist()}
     return {"named": len(named), "written": len(named) - len(left_out), "left_out": reasons}

@@ -91,7 +91,7 @@ def copy(named: pa.Table, raw: str, file: Path, hosts: Collection[str] = ()) -> 
     return pa.Table.from_pylist(left_out, LEFT_OUT)
 
 
-def summary(left_out: pa.Table) -> str:
+def describe(left_out: pa.Table) -> str:
     """Each reason with its number of pictures, and the first of them with what to do about it."""
     parts = []
     for reason in pc.unique(left_out["reason"]).to_pylist():

@@ -48,11 +48,9 @@ class EmbedConfig:
     """dim            width of the fused vector
     text_features  TF-IDF terms kept, if the source has texts or titles but no text vectors
     text_dim       width of the SVD of the TF-IDF matrix
-    text_encoder   used instead of TF-IDF and SVD: a folder with a model of sentence-transformers, or its name on
-                   Hugging Face
-    image_encoder  used instead of colours and edges: a folder with a model of open_clip, or its name on Hugging Face.
-                   DVC watches neither model: after a change in its folder, run
-                   `dvc repro --force --single-item embed`
+    text_encoder   used instead of TF-IDF and SVD: a model of sentence-transformers, by folder or name on Hugging Face
+    image_encoder  used instead of colours and edges: a model of open_clip, by folder or name on Hugging Face.
+                   DVC watches neither model: after a change, run `dvc repro --force --single-item embed`
     seed           of the SVD
     fit            null: fit again, which gives the vectors a new version. A path to a copy of an earlier output of this
                    stage: embed with its fit, new items too, and keep its version
@@ -73,8 +71,7 @@ class EmbedConfig:
 
 
 def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Path, output: Path) -> dict[str, Any]:
-    """Write item_embedding.parquet (item_id, created_at, embedding, has_NAME…), fit.safetensors and fit.json, and print
-    what was embedded.
+    """Write item_embedding.parquet (item_id, created_at, embedding, has_NAME…), fit.safetensors and fit.json.
 
     Without any vector, text or picture every embedding is null, and models do without the item vector.
     """
@@ -150,19 +147,18 @@ def run(config: EmbedConfig, split: SplitConfig, canonical: Path, validation: Pa
             }
         )
         pq.write_table(table, folder / "item_embedding.parquet")
-    for name, encoder in sorted(encoders.items()):
-        print(f"{name}: {encoder}, {len(items) - facts['missing'][name]:,} of {len(items):,} items")
-    if not encoders:
-        print("items have no vectors, texts or pictures, and their titles share too few words: nothing is embedded")
     return facts
 
 
 def summary(facts: dict[str, Any]) -> dict[str, str]:
-    missing = ", ".join(f"{name} {count:,}" for name, count in facts["missing"].items())
+    """What was embedded, for a person."""
+    items, missing = facts["items"], facts["missing"]
+    if not missing:
+        return {"items": f"{items:,}", "vector": "none: no vectors, texts or pictures, and titles share too few words"}
     return {
-        "items": f"{facts['items']:,}, of which {facts['missing_all']:,} have no vector",
+        "items": f"{items:,}, of which {facts['missing_all']:,} have no vector",
         "vector": f"{facts['dim']} values, {facts['explained_variance']:.1%} of the training items' variance",
-        "missing": missing or "no modality",
+        **{name: f"{facts['encoders'][name]}, {items - count:,} of {items:,} items" for name, count in missing.items()},
     }
 
 

@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_left_out_with_its_reason(tmp_path: Path, monkeyp
     reasons = {row["item_id"]: row["reason"] for row in left_out.to_pylist()}
     assert reasons == {2: ABSENT, 3: BROKEN, 4: VAST, 6: LARGE, 7: OUTSIDE, 8: ABSENT, 9: ABSENT}
     assert left_out["image"].to_pylist() == [places[item] for item in reasons]
-    told = pictures.summary(left_out)
+    told = pictures.describe(left_out)
     assert (
         f"{ABSENT}: 3, e.g. {tmp_path}/no.png of item 2: {tmp_path}/no.png is not there" in told
         and f"{LARGE}: 1" in told
@@ -279,7 +279,7 @@ def test_nothing_outside_of_raw_is_opened(tmp_path: Path, monkeypatch: pytest.Mo
         left_out = pictures.copy(named(places), given, tmp_path / "pictures.parquet")
         assert left_out["image"].to_pylist() == bad
         assert set(left_out["reason"].to_pylist()) == {OUTSIDE}
-        assert f"{secret} is not read; move it below {given}, or give an http(s) URL" in pictures.summary(left_out)
+        assert f"{secret} is not read; move it below {given}, or give an http(s) URL" in pictures.describe(left_out)
     monkeypatch.chdir(raw)
     left_out = pictures.copy(named({1: "a.png", 2: bad[-1], 3: "../secret.png"}), ".", tmp_path / "pictures.parquet")
     assert {row["item_id"]: row["reason"] for row in left_out.to_pylist()} == {2: OUTSIDE, 3: OUTSIDE}
@@ -361,7 +361,7 @@ def test_only_named_hosts_are_asked(tmp_path: Path) -> None:
         for hosts in ([], ["example.com"]):
             left_out = pictures.copy(named(places), str(tmp_path), tmp_path / "pictures.parquet", hosts)
             assert left_out["reason"].to_pylist() == [NOT_NAMED] * 3
-            text = pictures.summary(left_out)
+            text = pictures.describe(left_out)
             assert f"{NOT_NAMED}: 3, e.g. {address}/a.png of item 1: 127.0.0.1 is not fetched from; if" in text
             assert text.count("add it to ingest.picture_hosts") == 1
         assert asked == []
@@ -378,7 +378,7 @@ def test_an_address_that_is_not_public_must_be_named_itself(tmp_path: Path) -> N
         places = {1: address.replace("127.0.0.1", "localhost") + "/a.png"}
         left_out = pictures.copy(named(places), str(tmp_path), file, ["localhost"])
         assert left_out["reason"].to_pylist() == [NOT_PUBLIC] and asked == []
-        assert "127.0.0.1; if you trust it, add the address to ingest.picture_hosts too" in pictures.summary(left_out)
+        assert "127.0.0.1; if you trust it, add the address to ingest.picture_hosts too" in pictures.describe(left_out)
         assert len(pictures.copy(named(places), str(tmp_path), file, ["LOCALHOST", *LOOPBACK])) == 0
         assert asked[0].startswith("localhost:")
 
@@ -448,7 +448,7 @@ def test_a_server_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.
         patience.cancel()
     assert time.monotonic() - began < 5
     assert left_out["reason"].to_pylist() == [ABSENT]
-    assert "correct the path or the access to it" in pictures.summary(left_out)
+    assert "correct the path or the access to it" in pictures.describe(left_out)
 
 
 def test_of_a_vast_file_behind_a_url_no_more_is_fetched_than_is_looked_at(

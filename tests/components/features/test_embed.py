@@ -204,14 +204,14 @@ def test_dim_too_large(raw: RawTables, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("titles", ["no title", "ids", "no word twice"])
-def test_no_modality_at_all(titles: str, raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_modality_at_all(titles: str, raw: RawTables, tmp_path: Path) -> None:
     ids = raw.items["item_id"].to_pylist()
     given = {"no title": [None] * len(ids), "ids": list(map(str, ids)), "no word twice": [f"Item word{i}" for i in ids]}
     folder = run(replace(raw, items=with_column(raw.items, "title", given[titles]), modalities={}), tmp_path)
     assert set(vectors(folder).values()) == {None}
     facts = json.loads((folder / "fit.json").read_text())
     assert (facts["dim"], facts["missing_all"], facts["modalities"]) == (0, len(raw.items), [])
-    assert "their titles share too few words: nothing is embedded" in capsys.readouterr().out
+    assert "titles share too few words" in embed.summary(facts)["vector"]
 
 
 def test_vectors_are_those_of_a_pca_of_all_at_once(embedded: Path, raw: RawTables, monkeypatch) -> None:
@@ -402,16 +402,14 @@ def with_titles(raw: RawTables) -> RawTables:
     return replace(raw, items=with_column(raw.items, "title", titles), modalities={})
 
 
-def test_titles_are_embedded_if_no_item_has_a_text(
-    raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As texts with the same words; the facts and the printed line say that it was titles."""
+def test_titles_are_embedded_if_no_item_has_a_text(raw: RawTables, tmp_path: Path) -> None:
+    """As texts with the same words are; the facts and what the stage prints say that it was titles."""
     folder = run(with_titles(raw), tmp_path / "titles", replace(CONFIG, dim=3))
     facts, items = json.loads((folder / "fit.json").read_text()), len(raw.items)
     assert (facts["dim"], facts["encoders"], facts["modalities"]) == (3, {"text": "TF-IDF of titles"}, ["text"])
     missing = facts["missing"]["text"]
     assert missing == with_texts(raw).items["text"].null_count == facts["missing_all"] > 0
-    assert f"text: TF-IDF of titles, {items - missing} of {items} items" in capsys.readouterr().out
+    assert embed.summary(facts)["text"] == f"TF-IDF of titles, {items - missing} of {items} items"
     texts = run(with_texts(raw), tmp_path / "texts", replace(CONFIG, dim=3))
     assert version(folder) != version(texts)
     for item, vector in vectors(texts).items():
