@@ -35,7 +35,7 @@ def peak(batch: int, history: int = 64, published: bool = False) -> int:
     training = Training("qin/microlens", data, device="cpu", precision="fp32")
     step = published_step(training) if published else lambda: training.step(torch.arange(batch))
     step()
-    training.state.optimizer.zero_grad()
+    training.loop.state.optimizer.zero_grad()
     return most(step)
 
 
@@ -44,7 +44,7 @@ def epoch_peak(rows: int) -> int:
     data = ml_1m(rows)
     training = Training("sdcnv3/ml-1m", data, device="cpu", precision="fp32", batch_size=4096)
     training.step(torch.arange(4096))
-    training.state.optimizer.zero_grad()
+    training.loop.state.optimizer.zero_grad()
     return data.row_bytes + most(training.epoch)
 
 
@@ -65,9 +65,9 @@ def published_step(training: Training) -> Callable[[], object]:
 
     def step() -> None:
         logit_B = qin(state, QINConfig(), data.schema, batch, data.catalog, hist_BL, training=True)
-        training.state.optimizer.zero_grad()
+        training.loop.state.optimizer.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits(logit_B, batch.label_B).backward()
-        training.state.optimizer.step()
+        training.loop.state.optimizer.step()
 
     return step
 

@@ -28,7 +28,7 @@ from components.data import ingest, validate  # noqa: E402
 from components.features import dataset, embed, features  # noqa: E402
 from components.features.dataset import DatasetConfig  # noqa: E402
 from components.features.views import FeaturesConfig  # noqa: E402
-from components.release.evaluate import group_auc  # noqa: E402
+from components.release.measures import group_auc  # noqa: E402
 from components.training.config import TrainConfig  # noqa: E402
 from components.training.loop import Loop  # noqa: E402
 from models.layers import Ranker  # noqa: E402

@@ -36,7 +36,7 @@ from components.data.ingest import IngestConfig
 from components.data.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
 from components.features.dataset import DatasetConfig
 from components.features.views import FeaturesConfig
-from components.training.train import PRECISIONS, TrainConfig
+from components.training.config import PRECISIONS, TrainConfig
 from models import families
 
 A_USER, AN_ITEM = 1200, 2400  # impressions: at 3.6M, the demo's 3,000 users and 1,500 items

@@ -166,5 +166,5 @@ def _dataset(schema: Schema, catalog: Catalog, columns: dict[str, Tensor], rows:
     fields = {f"field.{f.name}": popular(rows, f.size, rng).int() for f in schema.impression_fields}
     label = {"label": torch.randint(2, (rows,), generator=rng).to(torch.uint8)}
     log = {"click_log": torch.zeros(0, dtype=torch.int32)}
-    facts = {"splits": {"train": (0, rows)}}
+    facts = {"splits": {"train": (0, rows)}, "data_sha256": "", "schema_hash": ""}  # training asks whose state it finds
     return Dataset(Encoder(schema, {}), catalog, nothing | fields | label | log | columns, facts)
