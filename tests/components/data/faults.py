@@ -22,8 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.common.artifacts import write_json
-from components.common.contracts import ARRIVAL, Canonical
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
