@@ -223,9 +223,9 @@ def use(
     params: Params = PARAMS,
 ) -> None:
     """Point the pipeline at a source: checks it, and writes ingest.source and ingest.raw of params.yaml."""
-    from components.data import sources
+    from components.data import use as step
 
-    sources.use(source, raw, params)
+    step.use(source, raw, params)
 
 
 @app.command(rich_help_panel=RELEASES)

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from components.common.artifacts import folder_hash, write_json
-from components.common.contracts import ARRIVAL
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP
 from components.common.dataset import Dataset
 from components.common.splits import SplitConfig
 from components.data import ingest, sources, validate
@@ -73,8 +72,8 @@ def ingest_config(
     source: str = "simulator", raw: str | None = None, until: str | None = UNTIL, files: FilesConfig = NO_FILES
 ) -> IngestConfig:
     return IngestConfig(
-        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, simulator=SIMULATOR,
-        files=files,
+        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, picture_hosts=[],
+        simulator=SIMULATOR, files=files,
     )  # fmt: skip
 
 
@@ -84,12 +83,12 @@ def ingest_simulator(output: Path) -> Path:
 
 
 def ingest_tables(raw: RawTables, output: Path, until: str | None = None) -> dict[str, Any]:
-    """Ingest through an adapter as a user writes one: a module with `read`, and a line in SOURCES."""
+    """Ingest through an adapter as a user writes one: a module with `read`, and a line in ADAPTERS."""
     module = ModuleType("planted_source")
-    module.read = lambda config: raw  # type: ignore[attr-defined]
+    module.read = lambda path, config, rows=None: raw  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "planted_source", module)
-        patch.setitem(sources.SOURCES, "planted", "planted_source")
+        patch.setitem(sources.ADAPTERS, "planted", "planted_source")
         return ingest.run(ingest_config("planted", "/", until), output)  # pictures lie below, wherever they are
 
 

@@ -21,13 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.common.contracts import ARRIVAL, Canonical
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
 from components.data.thresholds import ValidateConfig
-from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, ingest_tables, with_column
 
 DAYS, ROWS, HOUR = 14, 600, 3_600_000_000
 SIZES = {"days": DAYS, "users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}
@@ -60,7 +59,7 @@ class Fault:
 @cache
 def clean_tables() -> RawTables:
     """A simulated world whose events arrive an hour after they happen."""
-    raw = simulator.read(replace(ingest_config(), simulator=CONFIG))
+    raw = simulator.read("", CONFIG)
     time = raw.events["timestamp"]
     at = raw.events.column_names.index("device")
     events = raw.events.set_column(at, "device", raw.events["device"].cast(pa.string()))
