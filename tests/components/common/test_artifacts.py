@@ -108,6 +108,71 @@ def test_a_kill_leaves_nothing_half_written_and_the_next_run_clears_up(old, kind
     assert not [file for file in tree(old) if ".partial" in file]
 
 
+EVERY_INSTANT = """
+import itertools, os, shutil, signal, sys
+from pathlib import Path
+from components.common import artifacts
+
+root, path = Path(sys.argv[1]), Path(sys.argv[1]) / "out"
+if sys.argv[2] == "rename":
+    artifacts.exchange = lambda *_: False  # as on a file system that cannot
+
+def fill(folder, word):
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a", "b", "sub/c"):
+        (folder / name).write_text(word)
+
+def found():
+    files = {str(f.relative_to(path)): f.read_text() for f in path.rglob("*") if f.is_file()}
+    words = {*files.values()}
+    return words.pop() if len(files) == 3 and len(words) == 1 else f"broken: {files}"
+
+for instant in itertools.count():
+    shutil.rmtree(root)
+    fill(path, "old")
+    if (child := os.fork()) == 0:
+        lines = itertools.count()
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename in (artifacts.__file__, shutil.__file__):
+                if event == "line" and next(lines) == instant:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return trace
+
+        with artifacts.new_folder(path) as folder:
+            fill(folder, "new")
+            sys.settrace(trace)  # from where new_folder goes on
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    before = found()
+    try:
+        with artifacts.new_folder(path) as folder:
+            raise InterruptedError  # the next run, which fails
+    except InterruptedError:
+        pass
+    print(instant, os.WIFSIGNALED(status), before, found(), sorted(f.name for f in root.iterdir()), sep="|")
+    if not os.WIFSIGNALED(status):
+        break
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "rename"])
+def test_a_kill_at_any_instant_leaves_the_old_folder_or_the_new_one(tmp_path, way) -> None:
+    """A process is killed at every line that puts the new folder in its place, one line after the other."""
+    (tmp_path / "x").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_INSTANT, str(tmp_path / "x"), way], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    instants = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(instants) > 20 and instants[-1][1:4] == ["False", "new", "new"]
+    assert [killed for _, killed, *_ in instants[:-1]] == ["True"] * (len(instants) - 1)
+    if way == "exchange":
+        assert {before for _, _, before, *_ in instants} == {"old", "new"}
+    assert {after for *_, after, _ in instants} == {"old", "new"}  # once the next run has begun
+    assert {left for *_, left in instants} == {"['out']"}
+
+
 def test_json_of_equal_contents_is_of_equal_bytes(tmp_path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": {"y": "köln", "x": None}})
     write_json(tmp_path / "b.json", {"a": {"x": None, "y": "köln"}, "b": 1})
