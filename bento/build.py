@@ -34,7 +34,7 @@ def build(
         version=version,
         labels=labels,
         description=f"# {name}:{version}\n\n" + "".join(f"- {key}: {value}\n" for key, value in metadata.items()),
-        include=["bento/*.py", "models/*.py"],
+        include=["bento/**/*.py", "models/**/*.py"],
         python={"packages": requirements(), "lock_packages": False},
     )
     bentoml.bentos.export_bento(f"{name}:{version}", output, output_format="folder")
