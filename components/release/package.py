@@ -1,8 +1,8 @@
-"""package: the approved checkpoint -> a Bento as a folder, with golden requests; nothing where the gate said no.
+"""package: the approved checkpoint -> a Bento as a folder, with golden requests. It builds nothing if the gate rejects.
 
-package.json    what was built, from which bytes
+package.json    what was built, from which bytes and for which versions of the packages that serve
 bento/          `bentoml serve "$PWD/artifacts/package/bento"`: BentoML doubles a relative path
-golden.json     requests with the scores that the model gives them here, without the server's code
+golden.json     requests, and the scores that the model gives them without the server's code
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 import bento
 from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_CANDIDATES, SERVING
+from bento.build import requirements
 from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.common.contracts import read_parquet
 from components.common.dataset import Dataset, popularity_level
@@ -36,6 +37,7 @@ from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
 GOLDEN_CANDIDATES = 20
 CODE = Path(bento.__file__).parents[1]
+NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,19 @@ class PackageConfig:
         if not 1 <= self.max_candidates <= MAX_CANDIDATES:
             raise ValueError(f"max_candidates is {self.max_candidates}; it must be in [1, {MAX_CANDIDATES}]")
         if self.golden_requests < 2:
-            raise ValueError(f"golden_requests is {self.golden_requests}; at least 2, one for each kind of history")
+            raise ValueError(
+                f"golden_requests is {self.golden_requests}; give at least 2, one for each kind of history"
+            )
 
 
 def run(
-    config: PackageConfig, decision: Path, checkpoints: Path, dataset: Path, features: Path, output: Path
+    config: PackageConfig, decision: Path, checkpoints: Path, dataset: Path, features: Path, repo: Path, output: Path
 ) -> dict[str, Any]:
-    """Returns package.json. Raises ValueError where the bytes on disk are not those that the gate judged."""
+    """Returns package.json. Raises ValueError where the bytes on disk are not those that the gate judged.
+
+    The Bento's version is a hash of all that it serves from: model, item state, code, the versions of the packages that
+    serve, and `repo`, the Feast repo whose definitions say what the online store returns.
+    """
     judged = read_json(decision, "gate")
     if judged["verdict"] != "approve":
         with new_folder(output) as folder:
@@ -80,18 +88,20 @@ def run(
         save_file(item_state(checkpoint, sources.popularity), model / ITEM_STATE)
         code = Path(scratch) / "code"
         for part in ("bento", "models"):
-            shutil.copytree(CODE / part, code / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(CODE / part, code / part, ignore=NO_CACHES)
         hashes = {
             "checkpoint_sha256": judged["checkpoint_sha256"],
             "data_sha256": judged["data_sha256"],
             "schema_sha256": checkpoint.schema_hash,
             "item_state_sha256": file_hash(model / ITEM_STATE),
             "code_sha256": folder_hash(code),
+            "feature_repo_sha256": folder_hash(shutil.copytree(repo, Path(scratch) / "repo", ignore=NO_CACHES)),
+            "packages": requirements(),
         }
         served = json.dumps([hashes, config.max_candidates], sort_keys=True)
         version = f"{judged['model']}-{hashlib.sha256(served.encode()).hexdigest()[:12]}"
         write_json(model / SERVING, {"version": version, "max_candidates": config.max_candidates})
-        facts = {"version": version, "model": judged["model"], **hashes}
+        facts: dict[str, Any] = {"version": version, "model": judged["model"], **hashes}
         build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, Path(scratch) / "home")
         write_json(folder / "golden.json", golden(config, checkpoint, data, sources))
         package = {
@@ -172,14 +182,15 @@ def _origin(checkpoint: Checkpoint, origin: str) -> list[Feature]:
 
 
 def build_bento(
-    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, str], home: Path
+    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, Any], home: Path
 ) -> None:
-    """In a process, a folder and a BENTOML_HOME of its own, so that the user's home and store stay as they are."""
+    """Build with its own process, folder and BENTOML_HOME, so that the user's home and store stay as they are."""
     words = {
         "name": name,
         "version": version,
         "model": str(model),
         "output": str(output),
+        "packages": facts["packages"],
         "labels": {"version": facts["version"], "model": facts["model"]},
         "metadata": facts,
     }
