@@ -292,5 +292,17 @@ def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, 
     return torch.sigmoid(checkpoint.model(batch, checkpoint.catalog, clicks_C).logit_B).double()
 
 
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    """package.json for a person."""
+    if not found["built"]:
+        return {"Bento": "none: the gate rejected", "reasons": "; ".join(found["reason"])}
+    return {
+        "Bento": found["tag"],
+        "size": f"{found['bento_bytes'] / 2**20:,.1f} MiB, {found['model_bytes'] / 2**20:,.1f} MiB of it the model",
+        "a request": f"at most {found['max_candidates']:,} candidates and {found['max_body_bytes'] / 2**10:,.0f} KiB",
+        "packages": ", ".join(found["packages"]),
+    }
+
+
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

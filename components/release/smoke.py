@@ -1,6 +1,6 @@
-"""smoke: the Bento as it will run - served on loopback, asked the golden requests, bad ones, and many in a row.
+"""smoke: the Bento as it will run. It is served on loopback and gets the golden requests, bad ones, and many in a row.
 
-"Passed" says that this Bento is servable and repeats the offline scores; whether its model is good, the gate judged.
+"Passed" means that this Bento can be served and repeats the offline scores. The gate judges whether its model is good.
 """
 
 from __future__ import annotations
@@ -68,11 +68,14 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:
+    """smoke.json for a person."""
     if not found["served"]:
-        return {"served": "nothing: no Bento was built"}
-    latency, golden = found["latency_ms"], found["golden"]
+        return {"served": "nothing: the gate rejected", "reasons": "; ".join(found["reason"])}
+    golden, latency = found["golden"], found["latency_ms"]
     return {
-        "golden scores": f"{golden['requests']:,} requests, offline scores met within {golden['max_abs_error']:.1e}",
+        "served": f"{found['tag']}, ready after {found['ready_seconds']:.1f} s",
+        "golden requests": f"{golden['requests']:,} answered; scores differ by at most {golden['max_abs_error']:.1e}",
+        "bad requests": f"{len(found['refused']):,} refused, each with a 4xx",
         "latency": f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms",
         "memory": f"{found['memory_mib']:,.0f} MiB at most",
     }

@@ -78,7 +78,8 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
     assert yaml.safe_load((model / "model.yaml").read_text())["metadata"]["data_sha256"] == built["data_sha256"]
     assert json.loads((model / SERVING).read_text()) == {"version": built["version"], "max_candidates": 25}
     requirements = (folder / "bento" / "env" / "python" / "requirements.txt").read_text().split()
-    assert sorted(requirements) == built["packages"]
+    assert sorted(requirements) == sorted(built["packages"])
+    assert package.summary(built)["Bento"] == built["tag"] and "MiB of it the model" in package.summary(built)["size"]
     assert all("==" in line and "+" not in line for line in requirements)
     assert {line.split("==")[0] for line in requirements} >= {"torch", "safetensors", "bentoml", "feast[duckdb,redis]"}
     text = "".join(file.read_text() for file in folder.rglob("*") if file.suffix in (".yaml", ".json", ".md", ".txt"))
@@ -211,7 +212,9 @@ def test_an_upgrade_or_another_feature_repo_is_another_version(world: World, mon
 def test_a_rejection_builds_nothing(world: World) -> None:
     (world.root / "package" / "bento").mkdir(parents=True)  # yesterday's
     world.decision.write_text(json.dumps({"verdict": "reject", "model": None, "reasons": ["auc 0.5 < 0.6"]}))
-    assert run(world) == {"built": False, "reason": ["auc 0.5 < 0.6"]}
+    found = run(world)
+    assert found == {"built": False, "reason": ["auc 0.5 < 0.6"]}
+    assert package.summary(found) == {"Bento": "none: the gate rejected", "reasons": "auc 0.5 < 0.6"}
     assert [file.name for file in (world.root / "package").iterdir()] == ["package.json"]
 
 

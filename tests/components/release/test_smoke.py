@@ -72,6 +72,7 @@ def test_nothing_built_is_nothing_served(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text(json.dumps({"built": False, "reason": ["auc"]}))
     found = smoke.run(CONFIG, tmp_path, tmp_path, tmp_path / "smoke.json")
     assert found == {"served": False, "reason": ["auc"]}
+    assert smoke.summary(found) == {"served": "nothing: the gate rejected", "reasons": "auc"}
     assert json.loads((tmp_path / "smoke.json").read_text()) == found
 
 
@@ -129,6 +130,7 @@ def test_smoke_serves_the_bento_with_its_store(world: World) -> None:
     assert found["golden"]["max_abs_error"] <= 1e-5
     assert set(found["refused"].values()) <= {400, 413}
     assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p99"]
+    assert smoke.summary(found)["served"].startswith(found["tag"])
     assert found["memory_mib"] > 100  # torch alone is more: the workers were seen, not just the supervisor
     assert not started()
 
