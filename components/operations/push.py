@@ -46,7 +46,7 @@ SHOWN = 5  # bad lines that the terminal shows
 SHOWN_CHARACTERS = 200
 REJECTED = Path(".scratch/push/rejected.jsonl")
 REJECTED_BYTES = 2**24  # of that file; then it becomes rejected.jsonl.1, in place of the one before
-REJECTED_CHARACTERS = 2**16  # kept of a line
+REJECTED_LINE = 2**16  # bytes kept of a line
 EXAMPLE = '{"user_id": 7, "item_id": 12, "timestamp": "2026-01-31T12:00:00+00:00"}'
 
 
@@ -59,20 +59,17 @@ class Click(NamedTuple):
     timestamp: datetime
 
 
-def run(config: FeaturesConfig, repo: Path, rejected: Path = REJECTED) -> dict[str, int]:
-    """Push the clicks of standard input until it ends: a JSON object a line, with user_id, item_id and timestamp (ISO,
-    with a zone). Prints, also when it is interrupted, and returns how many lines were pushed, repeated and rejected.
+def run(
+    config: FeaturesConfig, repo: Path, lines: Iterable[bytes] = sys.stdin.buffer, rejected: Path = REJECTED
+) -> int:
+    """Push clicks until the lines end: a JSON object a line, with user_id, item_id and timestamp (ISO, with a zone).
 
     rejected  where lines that are no click are kept, each with its number and what is wrong with it
 
+    Prints how many lines were pushed, repeated and rejected, also when it is interrupted. Returns how many were pushed.
     Raises ValueError where `features` has not made a store, or another process pushes into it.
     """
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # bytes that are no text are a bad line
-    return follow(config, repo, sys.stdin, rejected)
-
-
-def follow(config: FeaturesConfig, repo: Path, lines: Iterable[str], rejected: Path) -> dict[str, int]:
-    """`run` for any lines."""
+    rejected = rejected.absolute()  # Feast's store works in the repo's folder
     counts = {"pushed": 0, "repeated": 0, "rejected": 0}
     with ExitStack() as stack:
         histories = Histories(repo, config.history_length, stack)
@@ -93,14 +90,16 @@ def follow(config: FeaturesConfig, repo: Path, lines: Iterable[str], rejected: P
                 _print(f"push: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
                 if counts["rejected"]:
                     _print(f"push: the rejected lines are in {rejected}")
-    return counts
+    return counts["pushed"]
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Raises ValueError where another process of this machine pushes into the store of this folder."""
     folder = folder.resolve()
-    with folder.with_name(f".{folder.name}.push").open("a+") as lock:  # beside the folder: `features` deletes what is in it
+    with folder.with_name(f".{folder.name}.push").open(
+        "a+"
+    ) as lock:  # beside the folder: `features` deletes what is in it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when this process ends
         except BlockingIOError:
@@ -181,14 +180,15 @@ class Histories:
             self.written |= {user: hash(tuple(history)) for user, history in pushed.items()}
 
 
-def parse(line: str) -> Click:
+def parse(line: bytes) -> Click:
     """Raises ValueError that says what is wrong with the line."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is empty; write e.g. {EXAMPLE}" if not line.strip() else f"no JSON: {error}") from None
+        wrong = f"it is not JSON ({error})" if line.strip() else "it is empty"
+        raise ValueError(f"{wrong}; write e.g. {EXAMPLE}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"it is no JSON object; write e.g. {EXAMPLE}")
+        raise ValueError(f"it is not a JSON object; write e.g. {EXAMPLE}")
     for name in Click._fields:
         if name not in found:
             raise ValueError(f"{name} is missing; write e.g. {EXAMPLE}")
@@ -277,16 +277,16 @@ def _in_the_log(log: Path, clicks: list[Click]) -> set[Click]:
     return {clicks[position] for (position,) in found}
 
 
-def set_aside(rejected: Path, number: int, line: str, error: str, *, show: bool) -> None:
+def set_aside(rejected: Path, number: int, line: bytes, error: str, *, show: bool) -> None:
     """Keep a bad line in a file of bounded size, and print it where it is one of the first."""
     rejected.parent.mkdir(parents=True, exist_ok=True)
     if rejected.is_file() and rejected.stat().st_size > REJECTED_BYTES:
         rejected.replace(rejected.with_name(f"{rejected.name}.1"))
+    text = line[:REJECTED_LINE].decode(errors="backslashreplace").strip()
     with rejected.open("a", encoding="utf-8") as kept:
-        text = line.rstrip("\n")[:REJECTED_CHARACTERS]
         kept.write(json.dumps({"line": number, "error": _short(error), "text": text}) + "\n")
     if show:
-        _print(f"push: line {number} is set aside: {_short(error)}: {_short(line.strip())}")
+        _print(f"push: line {number} is set aside: {_short(error)}: {_short(text)}")
 
 
 def _short(text: str) -> str:

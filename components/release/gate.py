@@ -99,11 +99,6 @@ def run(
     return decision
 
 
-def summary(decision: dict[str, Any]) -> dict[str, str]:
-    verdict = f"{decision['verdict']}: {decision['model'] or 'nothing ships'}"
-    return {"verdict": verdict, "because": "\n".join(decision["reasons"])}
-
-
 def judge(config: GateConfig, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Each rule that has a limit, with its value and its verdict. A figure that could not be measured does not pass."""
     return [rule for rule in _rules(config, metrics) if rule["limit"] is not None]

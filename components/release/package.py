@@ -117,10 +117,6 @@ def run(
     return package
 
 
-def summary(found: dict[str, Any]) -> dict[str, str]:
-    return {"built": found["tag"] if found["built"] else "nothing: the gate rejected"}
-
-
 def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -> Checkpoint:
     """The checkpoint, once hashes say that it, the dataset and the decision belong together."""
     found = checkpoint_hash(source)
@@ -300,7 +296,6 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
         "Bento": found["tag"],
         "size": f"{found['bento_bytes'] / 2**20:,.1f} MiB, {found['model_bytes'] / 2**20:,.1f} MiB of it the model",
         "a request": f"at most {found['max_candidates']:,} candidates and {found['max_body_bytes'] / 2**10:,.0f} KiB",
-        "packages": ", ".join(found["packages"]),
     }
 
 
