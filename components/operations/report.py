@@ -290,7 +290,7 @@ def _rich(content: Content) -> Table:
     table = Table(title=content.title, title_justify="left", show_header=any(content.columns))
     for i, column in enumerate(content.columns):
         words = i == 0 or not any(row[i][:1].isdigit() for row in content.rows) or not any(content.columns)
-        table.add_column(column, justify="left" if words else "right")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
     for row in content.rows:
         table.add_row(*map(Text, row))
     return table
