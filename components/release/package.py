@@ -118,7 +118,7 @@ def run(
 
 
 def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -> Checkpoint:
-    """The checkpoint, once hashes say that it, the dataset and the decision belong together."""
+    """The checkpoint, if the hashes say that it, the dataset and the decision belong together."""
     found = checkpoint_hash(source)
     if found != judged["checkpoint_sha256"]:
         raise ValueError(
@@ -153,9 +153,9 @@ def _newest(path: Path, key: str) -> pd.DataFrame:
 
 
 def item_state(checkpoint: Checkpoint, popularity: pd.DataFrame) -> dict[str, Tensor]:
-    """Per impression feature of origin "item": the index of each catalog row, int64 [I].
+    """For each impression feature of origin "item": the index of each catalog row, int64 [I].
 
-    popularity  counts by item id; the feature NAME_level is the level of its column NAME, and missing without a row.
+    popularity  counts by item id; the feature NAME_level is the level of its column NAME, or missing without a row
     """
     state: dict[str, Tensor] = {}
     rows = checkpoint.catalog.rows(torch.from_numpy(popularity.index.to_numpy(dtype=np.int64).copy()))
@@ -205,11 +205,11 @@ def build_bento(
 
 
 def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources: Sources) -> list[dict[str, Any]]:
-    """Requests, alternately with a history and with the online store's, and what the server must answer.
+    """Requests, and what the server must answer. Every second one brings a history, the others use the online store's.
 
-    Each is {request, scores in the candidates' order, degraded}. Histories of the first kind are the dataset's own:
-    those that rows of the test days point at. Users of the second kind have a history, unless nobody has.
-    Every fifth request holds an item that no catalog knows.
+    Each is {request, scores in the candidates' order, degraded}. The histories come from the dataset: rows of the test
+    days point at them. Users of the other requests have a history in the store, unless nobody has one.
+    Every fifth request holds an item that the catalog does not know.
     """
     rng = np.random.default_rng(0)
     catalog, log = data.catalog, data.click_log
@@ -248,7 +248,7 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
 
 
 def _some_value(checkpoint: Checkpoint, field: Feature, rng: np.random.Generator) -> str | None:
-    """A value of the vocabulary as a client would give it, or none."""
+    """A value of the vocabulary as a client would send it, or None."""
     values = checkpoint.encoder.integers[field.name].tolist() if field.vocab is None else field.vocab
     at = int(rng.integers(-1, len(values)))
     if at < 0:
@@ -260,14 +260,14 @@ def _some_value(checkpoint: Checkpoint, field: Feature, rng: np.random.Generator
 
 @torch.inference_mode()
 def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, Any], clicks_C: Tensor) -> Tensor:
-    """Probabilities by the model's own forward; clicks_C are the catalog rows of the user's clicks, oldest first."""
+    """Probabilities by the model's own forward pass; clicks_C are the catalog rows of the clicks, oldest first."""
     candidates, user = request["candidates"], request["user_id"]
     fields = []
     for field in checkpoint.encoder.schema.impression_fields:
         values: list[Any]
         if field.origin == "item":
             counts = sources.popularity[field.name.removesuffix("_level")].reindex(candidates)
-            # an item that no catalog knows has no state, whatever was counted of it
+            # an item that the catalog does not know has no state, even if it was counted
             values = [None if np.isnan(n) else int(popularity_level(np.array(n))) for n in counts]
         elif field.origin == "context":
             value = request["context"][field.name]

@@ -48,7 +48,7 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
     if config.latency_candidates > built["max_candidates"]:
         raise ValueError(
             f"smoke.latency_candidates is {config.latency_candidates}, package.max_candidates "
-            f"{built['max_candidates']}; ask for no more than the server takes"
+            f"{built['max_candidates']}; do not ask for more than the server takes"
         )
     golden = read_json(package / "golden.json", "package")
     served = Served(package / "bento", repo, output.with_name("server.log"))
@@ -111,7 +111,7 @@ def check_golden(client: httpx.Client, golden: list[dict[str, Any]], version: st
 
 
 def check_refusals(client: httpx.Client, good: dict[str, Any], built: dict[str, Any]) -> dict[str, int]:
-    """Each bad request must be the client's error (4xx), and the server must live on. Returns name -> status."""
+    """Each bad request must get a 4xx, and the server must answer afterwards. Returns name -> status."""
     item = good["candidates"][0]
     bad: dict[str, bytes] = {
         "unknown field": _body({**good, "colour": "red"}),

@@ -1,4 +1,4 @@
-"""A server that reads on while `features` makes the stores anew under it. What is in a row: tests/components."""
+"""A server that keeps reading while `features` makes the stores anew. tests/components checks what is in a row."""
 
 from __future__ import annotations
 

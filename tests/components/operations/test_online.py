@@ -131,7 +131,7 @@ def test_what_is_served_is_what_was_counted_by_hand(
 
 
 def test_new_values_of_an_old_time_are_served(served: Folders, tmp_path: Path) -> None:
-    """A refit of the vectors changes no time. Feast's Redis store would keep the old ones, were it not told."""
+    """A refit of the vectors changes no time. By default, Feast's Redis store would keep the old ones."""
     again = Folders(tmp_path / "again")
     shutil.copytree(served.root, again.root)
     file = again.embedding / "item_embedding.parquet"
@@ -262,10 +262,10 @@ def test_an_interrupted_stream_says_what_it_did(
     assert "push: 1 pushed, 0 repeated, 1 rejected" in stream.end()
 
 
-def test_a_click_of_the_log_is_pushed_no_more(
+def test_a_click_of_the_log_is_not_pushed_again(
     served: Folders, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Delivered again, also by a process that was just started. A late click, which the log lacks, is none of those."""
+    """Also by a process that was just started. A late click, which the log does not hold, is pushed."""
     lag = FEATURES.availability_lag_seconds
     again = Folders(tmp_path / "again")
     shutil.copytree(served.root, again.root)
