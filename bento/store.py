@@ -131,7 +131,7 @@ def store_files(repo: str) -> list[Path]:
 
 
 def store_identity(files: list[Path]) -> tuple[int, ...] | None:
-    """Which files these are; None where one is missing. A pushed click changes SQLite's file and does not replace it."""
+    """The files' identity; None where one is missing. A pushed click changes SQLite's file and does not replace it."""
     try:
         return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
     except OSError:
