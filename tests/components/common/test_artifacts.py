@@ -272,7 +272,8 @@ def test_a_full_disk_is_reported_in_a_sentence_and_leaves_nothing(small_disk, wr
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "gate: the disk is full (" in done.stderr
-    assert "Free some space (`dvc gc --workspace` drops unused cache) and run it again" in " ".join(done.stderr.split())
+    # with --workspace alone, the champion's checkpoint would go
+    assert "(`dvc gc --workspace --all-tags` drops what no release uses) and run it" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert done.stdout.strip() == "LEFT"
 
