@@ -58,7 +58,7 @@ promote: .venv  ## make the packaged model the champion (git tags)
 	python -m components promote
 
 airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (Ctrl-C stops it)
-	python components/operations/local_airflow.py
+	python -m components airflow
 
 # torch brings the CUDA packages of its own build: the lock names none, so that a CPU build brings none.
 lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin changes only where it must)

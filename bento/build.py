@@ -1,8 +1,9 @@
 """A model folder and this code -> a Bento as a folder that `bentoml serve` takes. Needs no network and no Docker.
 
-    python -m bento.build '{"name": …, "version": …, "model": …, "output": …, "labels": {…}, "metadata": {…}}'
+    python -m bento.build '{"name": …, "version": …, "model": …, "output": …, "packages": […], "labels": {…},
+                            "metadata": {…}}'
 
-Runs in a folder that holds bento/ and models/ alone, with a BENTOML_HOME of its own: BentoML fixes its home, its model
+Run it in a folder that holds only bento/ and models/, with its own BENTOML_HOME: BentoML chooses its home, its model
 store and the imported service once in a process.
 """
 
@@ -14,18 +15,27 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
-import bentoml
-
 from bento import MODEL
 
-# What bento/ and models/ import; BentoML adds itself. feature_store.yaml names DuckDB, which Feast checks on opening.
-REQUIREMENTS = ("torch", "safetensors", "numpy", "pydantic", "feast[duckdb,redis]")
+# What bento/ and models/ import. feature_store.yaml names DuckDB, which Feast checks when it opens a store.
+REQUIREMENTS = ("bentoml", "feast[duckdb,redis]", "numpy", "pydantic", "safetensors", "starlette", "torch")
 
 
 def build(
-    *, name: str, version: str, model: str, output: str, labels: dict[str, str], metadata: dict[str, Any]
+    *,
+    name: str,
+    version: str,
+    model: str,
+    output: str,
+    packages: list[str],
+    labels: dict[str, str],
+    metadata: dict[str, Any],
 ) -> None:
-    """model: the model folder; output: the folder to make; labels and metadata go to the Bento and to the model."""
+    """model: the model folder; output: the folder to make; packages: what the Bento installs, as NAME==VERSION; labels
+    and metadata go to the Bento and to the model."""
+    import bentoml  # makes its home on import: whoever reads `requirements` must not have one made
+
+    added = [line for line in packages if not line.startswith("bentoml==")]  # BentoML adds itself
     with bentoml.models.create(f"{MODEL}:{version}", labels=labels, metadata=metadata) as stored:
         shutil.copytree(model, stored.path, dirs_exist_ok=True)
     bentoml.bentos.build(
@@ -34,14 +44,14 @@ def build(
         version=version,
         labels=labels,
         description=f"# {name}:{version}\n\n" + "".join(f"- {key}: {value}\n" for key, value in metadata.items()),
-        include=["bento/*.py", "models/*.py"],
-        python={"packages": requirements(), "lock_packages": False},
+        include=["bento/**/*.py", "models/**/*.py"],
+        python={"packages": added, "lock_packages": False},
     )
     bentoml.bentos.export_bento(f"{name}:{version}", output, output_format="folder")
 
 
 def requirements() -> list[str]:
-    """Pinned to what is installed, less a build's local part: torch==2.13.0, not torch==2.13.0+cpu."""
+    """REQUIREMENTS with the installed versions, without a build's local part: torch==2.13.0, not torch==2.13.0+cpu."""
     return [f"{name}=={version(name.split('[')[0]).split('+')[0]}" for name in REQUIREMENTS]
 
 

@@ -1,4 +1,4 @@
-"""One user's row of the online store, in time or not at all."""
+"""One user's row of the online store, or none where the store does not answer in time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
 THREADS = 8
-AGAIN = 10.0  # seconds from one try to open a store to the next, while none is open
+AGAIN = 10.0  # seconds between two tries to open a store, while none is open
 logger = logging.getLogger("bentoml.clickloop")  # under BentoML's logger, so that the server shows it
 
 
 @dataclass(frozen=True)
 class UserRow:
-    """history  raw item ids, oldest first; profile  attribute -> value; reason  why there is nothing, or None"""
+    """history  raw item ids, oldest first; profile  attribute -> value; reason  why the row is empty, or None"""
 
     history: list[int] = field(default_factory=list)
     profile: dict[str, str | None] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class OnlineFeatures:
     fetch    user id -> feature name -> value, as Feast answers; None where no store is configured
     timeout  seconds from the call to the answer
 
-    A store that hangs keeps at most THREADS threads; further reads are answered without it.
+    A store that hangs blocks at most THREADS threads; further reads are answered without it.
     """
 
     def __init__(self, fetch: Callable[[int], dict[str, Any]] | None, *, timeout: float) -> None:
@@ -46,7 +46,7 @@ class OnlineFeatures:
         self._free = threading.Semaphore(THREADS)
 
     def read(self, user_id: int) -> UserRow:
-        """Never raises: a row with a reason is the answer where the store has none in time."""
+        """Never raises: where the store does not answer in time, the row has a reason."""
         if self._fetch is None:
             return UserRow(reason="store_unavailable")
         deadline = monotonic() + self._timeout
@@ -68,9 +68,9 @@ class OnlineFeatures:
 def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
     """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where there is no such repo.
 
-    The stores are opened once they are whole: here, or at the first read after the stage `features` has ended. Where it
-    has made them anew, the next read opens them: on the deleted files that a server holds it would serve yesterday for
-    ever. While the stage is at work, what was there before is read; a read raises where there was nothing.
+    The stores are opened once they are whole: now, or at the first read after the stage `features` has ended. If it has
+    made them anew, the next read opens them; a server that kept the deleted files would serve the old rows for ever.
+    While the stage is at work, the old stores are read. A read raises where there is none.
     """
     if not repo:
         logger.warning("CLICKLOOP_FEATURE_REPO is not set: without an online store every answer is degraded")
@@ -86,8 +86,8 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
 
     def look() -> None:
         nonlocal opened, tried
-        made = store_identity(files)  # before anything is read: what is made meanwhile is seen at the next read
-        # what cannot be opened is not tried again at every read; where nothing is open, Redis may yet come up
+        made = store_identity(files)  # before anything is read: a store made meanwhile is found at the next read
+        # a store that cannot be opened is not tried at every read; where none is open, Redis may come up later
         attempt = (made, None if opened else monotonic() // AGAIN)
         if made is None or attempt == tried or not trying.acquire(blocking=False):
             return
@@ -96,7 +96,7 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
             opened, attempt = fresh, (made, None)
             logger.info("online store: opened")
         except Exception:
-            serves = "the one before is served" if opened else "every answer is degraded"
+            serves = "the old one is served" if opened else "every answer is degraded"
             logger.exception("online store: cannot be opened; %s", serves)
         finally:
             tried = attempt
@@ -115,10 +115,8 @@ def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
 
 
 def store_files(repo: str) -> list[Path]:
-    """The files that tell which stores a repo has, by its feature_store.yaml alone: Feast would make what is not there.
-
-    They are receipt.json, the last that `features` writes, the registry, and SQLite's own.
-    """
+    """The files that show which stores a repo has: receipt.json, which `features` writes last, the registry, and
+    SQLite's file. Their paths come from feature_store.yaml, because Feast would make the files that are missing."""
     from feast.repo_config import load_repo_config  # seconds, so only a server that has a store pays for it
 
     os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
@@ -133,7 +131,7 @@ def store_files(repo: str) -> list[Path]:
 
 
 def store_identity(files: list[Path]) -> tuple[int, ...] | None:
-    """Which files these are; None where one is not there. A pushed click changes SQLite's, and makes no other of it."""
+    """The files' identity; None where one is missing. A pushed click changes SQLite's file and does not replace it."""
     try:
         return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
     except OSError:
@@ -141,13 +139,13 @@ def store_identity(files: list[Path]) -> tuple[int, ...] | None:
 
 
 class _Opened:
-    """A Feast repo's stores as they were when they were opened. Raises whatever Feast raises."""
+    """A Feast repo's stores, as they were when they were opened. Raises what Feast raises."""
 
     def __init__(self, repo: str) -> None:
         from feast import FeatureStore
 
         self.store = FeatureStore(repo_path=repo)
-        self.store.config.registry.cache_ttl_seconds = 0  # for ever: it is read as it is now, whatever becomes of it
+        self.store.config.registry.cache_ttl_seconds = 0  # for ever: the registry is not read again
         self.service = self.store.get_feature_service("serving")
         self.ttl = {
             feature.name: (self.store.get_feature_view(view.name).ttl or timedelta()).total_seconds()
@@ -163,7 +161,7 @@ class _Opened:
 def served(
     store: FeatureStore, features: FeatureService | list[str], entity: dict[str, int], ttl: dict[str, float], now: float
 ) -> dict[str, Any]:
-    """Feature -> its value online, None where it is beyond its time to live: Feast does not hold values to it.
+    """Feature -> its value online, or None where it is older than its time to live: Feast does not check that.
 
     features  a service, or `view:feature` names
     ttl       feature -> seconds, 0 for ever

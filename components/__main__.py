@@ -27,6 +27,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from components.common import pipeline
@@ -151,7 +152,7 @@ def show(stage: str, lines: dict[str, str]) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for label, text in lines.items():
-        table.add_row(f"[dim]{label}[/]", text)
+        table.add_row(Text(label, style="dim"), Text(text))  # no markup: a text may hold [brackets]
     console.print(table)
 
 
@@ -177,13 +178,14 @@ Pointer = Annotated[Path, typer.Option(help=FILES["pointer"])]
 def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
     """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive.
 
-    Where `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
+    Lines that are no click are set aside in .scratch/push/rejected.jsonl. A click that is delivered twice counts once.
+    If `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
     """
     from components.common.config import load
     from components.features.views import FeaturesConfig
     from components.operations import push as step
 
-    console.print(f"pushed {step.run(load(params, 'features', FeaturesConfig), repo):,} clicks")
+    step.run(load(params, "features", FeaturesConfig), repo)
 
 
 @app.command(rich_help_panel=REPORTS)
@@ -214,6 +216,14 @@ def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("
     from components.operations import report as step
 
     step.run(Path(), output)
+
+
+@app.command(rich_help_panel=SETUP)
+def airflow() -> None:
+    """Airflow on this machine, until Ctrl-C; `make airflow` sets its environment."""
+    from components.operations import local_airflow
+
+    local_airflow.run()
 
 
 @app.command(rich_help_panel=SETUP)
@@ -253,22 +263,31 @@ def rollback(
 
 @contextmanager
 def _measured(name: str) -> Iterator[None]:
-    """Prints the stage's seconds and peak memory, and notes them under .scratch for the report."""
+    """Notes the stage's seconds, peak memory and error under .scratch for the report, and prints the first two."""
     begun = time.perf_counter()
     try:
         yield
     except SystemExit as done:  # how Typer ends, well or not
         if done.code:
             raise
+    except Exception as error:
+        if not _disk_full(error):
+            _note(name, time.perf_counter() - begun, error=str(error)[:2000])
+        raise
+    _note(name, time.perf_counter() - begun)
+
+
+def _note(name: str, seconds: float, **error: str) -> None:
     if not SPEAKS:
         return
-    seconds = time.perf_counter() - begun
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = max(own, children) / 1024
-    console.print(f"{name}: {seconds:.1f} s, {peak:,.0f} MiB at most", style="green")
     from components.common.artifacts import write_json
 
-    write_json(Path(".scratch/stages") / f"{name}.json", {"seconds": round(seconds, 1), "peak_mib": round(peak)})
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = max(own, children) / 1024
+    if not error:
+        console.print(f"{name}: {seconds:.1f} s, {peak:,.0f} MiB at most", style="green")
+    note = {"seconds": round(seconds, 1), "peak_mib": round(peak), **error}
+    write_json(Path(".scratch/stages") / f"{name}.json", note)
 
 
 def main(arguments: list[str]) -> int:
@@ -294,7 +313,8 @@ def main(arguments: list[str]) -> int:
         free = shutil.disk_usage(Path.cwd()).free / 2**20
         console.print(
             f"{stage}: the disk is full ({free:.0f} MiB free at {Path.cwd()}): {error}. Nothing half-written will be "
-            "taken for whole. Free some space (`dvc gc --workspace` drops unused cache) and run it again",
+            "taken for whole. Free some space (`dvc gc --workspace --all-tags` drops what no release uses) and run it "
+            "again",
             style="bold red", markup=False, soft_wrap=True,
         )  # fmt: skip
         return 1

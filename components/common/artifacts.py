@@ -1,7 +1,9 @@
-"""How a step's output comes to be: whole or not at all, named by its hash."""
+"""The outputs of a step: each is whole or not there, and is named by its hash."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -11,38 +13,79 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
+
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder beside `path` that takes its name, and its place, once the block ends well.
+    """A scratch folder beside `path`. It takes the place of `path` once the block ends without an error.
 
-    A killed or failed block leaves `path` as it was; what a kill left in the scratch folder is cleared by the next
-    run.
+    A block that fails or is killed leaves `path` as it was. The next call deletes what the killed one left.
+
+    On Linux the old folder and the new one exchange their names in one step, so `path` is one of the two at every
+    moment. Where the system or the file system cannot do that, the old folder is renamed first: a kill at this point
+    leaves no `path`, and the next call for it puts the old folder back.
     """
-    scratch = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for left in (scratch, old):
+        shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
         sync(scratch)
-        shutil.rmtree(path, ignore_errors=True)
-        scratch.rename(path)
+        if not path.exists():
+            scratch.rename(path)
+        elif not exchange(scratch, path):
+            path.rename(old)
+            scratch.rename(path)
+        _sync_entries(path.parent)
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step. False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
 def sync(folder: Path) -> None:
-    """Its files are on the disk: what says that they are whole may be written."""
+    """Wait until all its files, and their names, are on the disk."""
     for file in folder.rglob("*"):
-        if file.is_file():
+        if file.is_dir():
+            _sync_entries(file)
+        elif file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+    _sync_entries(folder)
+
+
+def _sync_entries(folder: Path) -> None:
+    """Wait until the names that a folder holds are on the disk: a rename alone may be lost with the power."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`, renamed to it once the block ends well."""
+    """A scratch file beside `path`. It is renamed to `path` once the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     try:
@@ -50,6 +93,7 @@ def new_file(path: Path) -> Iterator[Path]:
         with scratch.open("rb") as opened:
             os.fsync(opened.fileno())
         scratch.replace(path)
+        _sync_entries(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -61,12 +105,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, written_by: str) -> Any:
-    """Raises ValueError where the file is missing or no JSON, naming the stage that writes it."""
+    """Raises ValueError where the file is missing or is not JSON. The error names the stage that writes it."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is not there; run `dvc repro {written_by}`, which writes it") from None
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is not whole ({error}); run `dvc repro --force {written_by}`") from None
 
 

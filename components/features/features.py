@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from colorama import colorama_text
 
 from components.common.artifacts import read_json, sync, write_json
 from components.common.contracts import Canonical
@@ -34,7 +35,7 @@ def run(
     with feature_store(repo) as store:
         apply(store, output)
         print(f"materialize {', '.join(ONLINE_VIEWS)} until {end:%Y-%m-%d %H:%M:%S} UTC", flush=True)
-        with hastened(store):
+        with hastened(store), colorama_text():  # Feast colours what it prints; on no terminal, the codes are dropped
             store.materialize(
                 start_date=datetime(1990, 1, 1, tzinfo=UTC), end_date=end, feature_views=list(ONLINE_VIEWS)
             )

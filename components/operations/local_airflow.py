@@ -1,8 +1,8 @@
-"""Airflow on one machine, for `make airflow`: prepared, started, its address and login told, and gone after Ctrl-C.
+"""airflow: Airflow on one machine. It prints its address and login once it is ready, and stops after Ctrl-C.
 
-In place of `airflow standalone`, for three reasons: a Ctrl-C reaches its scheduler twice, from the terminal and from
-standalone, and leaves it hanging; a SIGTERM leaves all of its parts running; and its log servers listen on every
-interface, where these parts, on one disk, need none. Settings come from the environment, as for every Airflow command.
+It replaces `airflow standalone` for three reasons. A Ctrl-C reaches standalone's scheduler twice, from the terminal and
+from standalone, and leaves it hanging. A SIGTERM leaves all of its parts running. Its log servers listen on every
+interface, and parts that share one disk need none. Settings come from the environment, as for every Airflow command.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 AIRFLOW = [sys.executable, "-m", "airflow"]
-PARTS = {  # in the order in which they stop: tasks tell the API server how they ended
+PARTS = {  # in the order in which they stop: tasks report to the API server how they ended
     "scheduler": ["--skip-serve-logs"],
     "triggerer": ["--skip-serve-logs"],
     "dag-processor": [],
@@ -32,38 +32,51 @@ TRAINING_SLOTS = 2  # of the pool `gpu`: both models at the same time
 READY_SECONDS, STOP_SECONDS = 300, 60
 
 
-def main() -> int:
-    home = Path(os.environ["AIRFLOW_HOME"])
+def run() -> None:
+    """Prepare Airflow, start its parts, and stop them after Ctrl-C or SIGTERM. `make airflow` sets the environment.
+
+    Raises ValueError where it does not get ready, or one of its parts ends.
+    """
+    if "AIRFLOW_HOME" not in os.environ:
+        raise ValueError("AIRFLOW_HOME is not set; start Airflow with `make airflow`, which sets what it needs")
+    # A shell starts background jobs with SIGINT ignored. Here it counts all the same, and SIGTERM does what it does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    with suppress(KeyboardInterrupt):
+        _serve(Path(os.environ["AIRFLOW_HOME"]), f"http://127.0.0.1:{os.environ.get('AIRFLOW__API__PORT', '8080')}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _serve(home: Path, url: str) -> None:
     logs = home / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    url = f"http://127.0.0.1:{os.environ.get('AIRFLOW__API__PORT', '8080')}"
     print(f"Airflow starts; its own logs are in {logs}", flush=True)
     for words in (["db", "migrate"], ["pools", "set", "gpu", str(TRAINING_SLOTS), "models that train at a time"]):
         done = subprocess.run([*AIRFLOW, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            print(f"{done.stdout}\n`airflow {' '.join(words)}` ended with {done.returncode}", file=sys.stderr)
-            return 1
+            raise ValueError(f"`airflow {' '.join(words)}` ended with {done.returncode}; it printed:\n{done.stdout}")
     with running(logs) as parts:
         deadline = time.monotonic() + READY_SECONDS
         while not healthy(url):
             if time.monotonic() > deadline:
-                print(f"Airflow is not ready after {READY_SECONDS} s; see {logs}", file=sys.stderr)
-                return 1
-            if not all_alive(parts, logs):
-                return 1
+                raise ValueError(f"Airflow is not ready after {READY_SECONDS} s; see {logs}")
+            require_alive(parts, logs)
             time.sleep(0.5)
         passwords = home / "simple_auth_manager_passwords.json.generated"
         passwords.chmod(0o600)
         print(f"Airflow is ready: {url}  user and password: {passwords.read_text().strip()}", flush=True)
         print("Ctrl-C stops it, and the tasks that run; they are tried again after the next start", flush=True)
-        while all_alive(parts, logs):
+        while True:
+            require_alive(parts, logs)
             time.sleep(1)
-    return 1
 
 
 @contextmanager
 def running(logs: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Every part in a session of its own, so that a Ctrl-C reaches this process alone, while the block lasts."""
+    """All parts, while the block lasts. Each has its own session, so that a Ctrl-C reaches only this process."""
     parts: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, options in PARTS.items():
@@ -80,14 +93,14 @@ def running(logs: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
 
 
 def stop(name: str, part: subprocess.Popen[bytes]) -> None:
-    """End one part, and the tasks of a scheduler: it would wait for them, hours for a training."""
+    """End one part. A scheduler's tasks are ended too: it would wait for them, and a training takes hours."""
     part.terminate()
     deadline = time.monotonic() + STOP_SECONDS
-    told: set[int] = set()
+    asked: set[int] = set()
     while part.poll() is None and time.monotonic() < deadline:
         if name == "scheduler":
-            for task in set(tasks(part.pid)) - told:
-                told.add(task)
+            for task in set(tasks(part.pid)) - asked:
+                asked.add(task)
                 with suppress(ProcessLookupError):
                     os.kill(task, signal.SIGTERM)  # Airflow's task process ends the command that it runs
         time.sleep(0.2)
@@ -107,7 +120,7 @@ def tasks(scheduler: int) -> list[int]:
 
 
 def healthy(url: str) -> bool:
-    """Whether the API answers and has heard of a scheduler and a DAG processor that live."""
+    """Whether the API answers, and says that the scheduler and the DAG processor are alive."""
     try:
         with urllib.request.urlopen(f"{url}/api/v2/monitor/health", timeout=5) as answer:  # noqa: S310
             found = answer.read().decode()
@@ -117,24 +130,9 @@ def healthy(url: str) -> bool:
     return all(health[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor"))
 
 
-def all_alive(parts: dict[str, subprocess.Popen[bytes]], logs: Path) -> bool:
+def require_alive(parts: dict[str, subprocess.Popen[bytes]], logs: Path) -> None:
+    """Raises ValueError with the end of the log where a part has ended."""
     for name, part in parts.items():
         if part.poll() is not None:
-            said = (logs / f"{name}.log").read_text(errors="replace")[-2000:]
-            print(f"{said}\n`airflow {name}` ended with {part.returncode}", file=sys.stderr)
-            return False
-    return True
-
-
-def interrupted(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    # A shell starts background jobs with SIGINT ignored: take it all the same, and SIGTERM like it.
-    signal.signal(signal.SIGINT, interrupted)
-    signal.signal(signal.SIGTERM, interrupted)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(0)
+            printed = (logs / f"{name}.log").read_text(errors="replace")[-2000:]
+            raise ValueError(f"`airflow {name}` ended with {part.returncode}; end of its log:\n{printed}")

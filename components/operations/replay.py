@@ -1,14 +1,14 @@
-"""replay: past impressions, their features as training joins them beside those of a store made anew for their moment.
+"""replay: whether past impressions have the same features in training and in an online store of their moment.
 
 Offline is what `dataset` reads: Feast's point-in-time join over the sources that `features` wrote, and the click log.
-Online is no record of what was served, for none is kept: for each impression the events that were known at its moment
-go through `features` and Feast's materialization into a new SQLite store, and are read from there as the server reads,
-with that moment for its clock. What was known is told here anew, from the definition, and not taken from the sources;
-so a source that tells too much, or too early, is found. An item's vector alone is the source's, known from the item's
-`created_at`.
+Online is a store that replay makes, because nobody records what was served. For each impression, the events that were
+known at its moment go through `features` and Feast's materialization into a new SQLite store. Replay reads this store
+as the server does, with that moment as the time. It works out from the definition what was known, and does not take it
+from the sources. So it finds a source that gives too much, or gives it too early. Only an item's vector comes from the
+source; it is known from the item's `created_at`.
 
-So the store is one that is never behind. Between two materializations the one in service is, unless clicks are pushed
-to it: a `features.availability_lag_seconds` of 0 presumes `push`.
+The store of a replay is never late. The one in service is late between two materializations, unless clicks are pushed
+to it: set `features.availability_lag_seconds` to 0 only if you use `push`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +91,8 @@ def draw(events: pa.Table, known: np.ndarray, rows: int, seed: int) -> pa.Table:
 
 
 def derive_offline(config: FeaturesConfig, features: Path, repo: Path, drawn: pa.Table) -> list[dict[str, Any]]:
-    """Feature -> value, an entry an impression, with the history as the item ids that its pointers name; an empty one
-    is none, for a store has no row of it."""
+    """Feature -> value, an entry for each impression. The history is the item ids that its pointers name; an empty one
+    is None, because a store has no row for it."""
     log = read_parquet(features / "click_log.parquet")["item_id"].to_pylist()
     with feature_store(repo) as store:
         found = point_in_time(store, "training", drawn).drop_columns(drawn.column_names).to_pylist()
@@ -114,9 +113,9 @@ def serve_again(
     repo: Path,
     drawn: pa.Table,
 ) -> Iterator[dict[str, Any]]:
-    """Feature -> value, an entry an impression, from a store of its own that was materialized up to its moment."""
+    """Feature -> value, an entry for each impression, from a new store that was materialized up to its moment."""
     in_play = np.zeros(len(events), dtype=bool)
-    for name in ("user_id", "item_id"):  # of other users and items nothing is read
+    for name in ("user_id", "item_id"):  # no other user or item is read
         in_play |= pc.is_in(events[name], value_set=drawn[name].combine_chunks()).to_numpy()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -134,14 +133,14 @@ def serve_again(
             silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
             with feature_store(scratch / "feature_repo") as store, silent[0], silent[1]:
                 apply(store, output)
-                store.materialize(datetime(1990, 1, 1, tzinfo=ZONE), moment, feature_views=list(ONLINE_VIEWS))
+                store.materialize(datetime(1990, 1, 1, tzinfo=UTC), moment, feature_views=list(ONLINE_VIEWS))
                 answer = _read(store, row)
             yield answer
 
 
 def _known_from(config: FeaturesConfig, events: pa.Table) -> np.ndarray:
-    """Microseconds from which each event is known: its second is over, the lag has passed, and it has arrived. One
-    that brings its history is known when it happens."""
+    """Microseconds from which each event is known: its second is over, the lag has passed, and it has arrived. An event
+    that brings its own history is known when it happens."""
     if HISTORY[0] in events.column_names:
         return events["timestamp"].cast(pa.int64()).to_numpy()
     second = events["timestamp"].cast(pa.int64()).to_numpy() // SECOND
@@ -152,7 +151,7 @@ def _known_from(config: FeaturesConfig, events: pa.Table) -> np.ndarray:
 
 
 def _scratch(root: Path, data: Canonical, features: Path, repo: Path, drawn: pa.Table) -> None:
-    """The repo with an SQLite store of its own, and the users and vectors in play."""
+    """The repo with a new SQLite store, and the users and vectors in play."""
     (root / "canonical").mkdir()
     (root / "embedding").mkdir()
     shutil.copytree(repo, root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))

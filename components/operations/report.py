@@ -1,41 +1,46 @@
 """report: what the last run found, as tables in the terminal and as one HTML page with plots.
 
-Outside of the graph: it reads whatever the stages have written so far, and changes none of it.
+It is no stage: it reads what the stages have written so far and changes none of it. So a run that was stopped has a
+page too. The page says where it stopped, and leaves out what is of an earlier run.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from components.common import pipeline
 from components.common.artifacts import new_file
+from components.release.gate import number
 
-STAGES = (
-    "ingest validate embed features dataset start train@qin train@sdcnv3 evaluate@qin evaluate@sdcnv3 "
-    "gate package smoke"
-)
+EXAMPLE_CHARACTERS = 200
+# What says that a stage has ended, where it is not enough that its outputs are there.
+ENDED = {"features": "data/features/receipt.json"}
 
 
 def run(root: Path, output: Path) -> None:
-    """Print the tables and write the page. Raises ValueError where no stage has run yet."""
+    """Print the tables and write the page, whatever has run so far."""
     found = collect(root)
-    if not found["source"]:
-        raise ValueError("report: no stage has written anything yet; run `dvc repro`")
-    tables = [models_table(found), data_table(found), stages_table(found)]
+    tables = [rules_table(found), models_table(found), data_table(found), stages_table(found)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_file(output) as scratch:
         scratch.write_text(page(found, tables), encoding="utf-8")
     console = Console(highlight=False)
-    for title, columns, rows in tables:
-        if rows:
-            console.print(_rich(title, columns, rows))
+    for table in tables:
+        if table.rows:
+            console.print(_rich(table))
+    if found["stopped"]:
+        name, reason = found["stopped"]
+        console.print(f"[bold red]stopped at {name}:[/] ", Text(reason), sep="", soft_wrap=True)
     decision = found["decision"]
     if decision:
         colour = "green" if decision["verdict"] == "approve" else "red"
@@ -44,109 +49,250 @@ def run(root: Path, output: Path) -> None:
             console.print(f"  {reason}", markup=False)
     if found["package"].get("built"):
         console.print(f"Bento: {found['package']['tag']}   serve it: make serve", markup=False)
+    if not found["ended"]:
+        console.print("No stage has a result yet; run `dvc repro`")
     console.print(f"report: {output.resolve()}", markup=False, soft_wrap=True)
 
 
+# ---- what is there ----------------------------------------------------------------------------------------------
+
+
 def collect(root: Path) -> dict[str, Any]:
-    """Every figure that is there; an empty mapping or frame for what is not."""
+    """Every figure that is there; an empty mapping or frame for what is not, or is of an earlier run."""
+    graph = pipeline.read()
+    stages = {name: _json(root / f".scratch/stages/{name}.json") for name in graph.stages}
+    ended = {name for name, stage in graph.stages.items() if _has_ended(root, stage)}
+    validation = _json(root / "data/validation/report.json")
+    stopped = _stopped(graph, stages, ended, validation)
+    earlier = _after(graph, stopped[0]) if stopped else set()
+    now = ended - earlier - ({stopped[0]} if stopped else set())
 
-    def of(path: str) -> Any:
-        file = root / path
-        return json.loads(file.read_text()) if file.is_file() else {}
+    def of(path: str, stage: str) -> Any:
+        return {} if stage in earlier else _json(root / path)
 
-    def csv(path: str) -> pd.DataFrame:
-        file = root / path
-        return pd.read_csv(file) if file.is_file() else pd.DataFrame()
+    def each(path: str, command: str, read: Any, empty: Any) -> dict[str, Any]:
+        """Model -> a file of its stage."""
+        files = {stage.item["model"]: (stage.name, root / path.format(**stage.item)) for stage in graph.named(command)}
+        return {
+            model: read(file) if file.is_file() and name not in earlier else empty
+            for model, (name, file) in files.items()
+        }
 
-    decision, package, smoke = (
-        of(f"artifacts/{name}.json") for name in ("gate/decision", "package/package", "smoke/smoke")
-    )
+    dataset = of("data/dataset/dataset.json", "dataset")
+    evaluate = each("artifacts/evaluate/{model}/evaluation.json", "evaluate", _json, {})
+    evaluate = {model: metrics for model, metrics in evaluate.items() if metrics and _same_data(metrics, dataset)}
+    checkpoints = each("checkpoints/{model}/config.json", "train", _json, {})
+    trained = [model for model, config in checkpoints.items() if _same_data(config.get("facts", {}), dataset)]
+    train = each("artifacts/train/{model}.json", "train", _json, {})
+    history = each("artifacts/train/{model}_history.csv", "train", pd.read_csv, pd.DataFrame())
+    decision, package = of("artifacts/gate/decision.json", "gate"), of("artifacts/package/package.json", "package")
+    smoke = of("artifacts/smoke/smoke.json", "smoke")
+    if not _same_data(decision, dataset):
+        decision = {}
     if package.get("checkpoint_sha256") != decision.get("checkpoint_sha256"):
-        package = smoke = {}  # of an earlier run: what this gate decided on was not built
-    models = sorted(folder.parent.name for folder in (root / "artifacts/evaluate").glob("*/evaluation.json"))
+        package = smoke = {}  # what this gate decided on was not built
     return {
-        "source": of("data/canonical/source.json"),
-        "validation": of("data/validation/report.json"),
-        "dataset": of("data/dataset/dataset.json"),
-        "evaluate": {name: of(f"artifacts/evaluate/{name}/evaluation.json") for name in models},
-        "train": {name: of(f"artifacts/train/{name}.json") for name in models},
-        "history": {name: csv(f"artifacts/train/{name}_history.csv") for name in models},
-        "calibration": {name: csv(f"artifacts/evaluate/{name}/calibration.csv") for name in models},
-        "roc": {name: csv(f"artifacts/evaluate/{name}/roc.csv") for name in models},
+        "source": of("data/canonical/source.json", "ingest"),
+        "validation": {} if "validate" in earlier else validation,
+        "dataset": dataset,
+        "evaluate": evaluate,
+        "train": {model: train[model] for model in trained if train[model]},
+        "history": {model: history[model] for model in trained if len(history[model])},
+        "calibration": _of(evaluate, each("artifacts/evaluate/{model}/calibration.csv", "evaluate", pd.read_csv, None)),
+        "roc": _of(evaluate, each("artifacts/evaluate/{model}/roc.csv", "evaluate", pd.read_csv, None)),
         "decision": decision,
         "package": package,
         "smoke": smoke,
-        "stages": {name: of(f".scratch/stages/{name}.json") for name in STAGES.split()},
+        "stages": stages,
+        "stopped": stopped,
+        "ended": now,
     }
 
 
-# ---- tables: title, columns, rows of strings --------------------------------------------------------------------
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else {}
 
-Content = tuple[str, list[str], list[list[str]]]
+
+def _of(models: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    return {model: files[model] for model in models if files[model] is not None}
+
+
+def _same_data(facts: dict[str, Any], dataset: dict[str, Any]) -> bool:
+    """Whether it is of the training set that is there, as far as both say which that is."""
+    ours, theirs = dataset.get("data_sha256"), facts.get("data_sha256")
+    return ours is None or theirs is None or ours == theirs
+
+
+def _has_ended(root: Path, stage: pipeline.Stage) -> bool:
+    return all((root / path).exists() for path in (*stage.outs, *filter(None, [ENDED.get(stage.name)])))
+
+
+def _stopped(
+    graph: pipeline.Pipeline, stages: dict[str, Any], ended: set[str], validation: dict[str, Any]
+) -> tuple[str, str] | None:
+    """The first stage that failed, and why. A later success, here or out of DVC's cache, has the stage's outputs."""
+    for name in graph.stages:
+        error = stages[name].get("error")
+        if name == "validate" and validation and not validation["passed"]:
+            broken = [rule for rule in validation["rules"] if not rule["passed"] and rule["severity"] == "stop"]
+            return name, f"the data break {len(broken):,} of {len(validation['rules']):,} rules"
+        if error and name not in ended:
+            return name, error
+    return None
+
+
+def _after(graph: pipeline.Pipeline, stopped: str) -> set[str]:
+    """The stages that need the stopped one: what there is of them is of an earlier run."""
+    before, found = graph.before(), {stopped}
+    for _ in before:
+        found |= {name for name, needed in before.items() if needed & found}
+    return found - {stopped}
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+class Content(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def rules_table(found: dict[str, Any]) -> Content:
+    """The rules that the data break, those that stop a run first, with an example of each."""
+    rows = []
+    broken = [rule for rule in found["validation"].get("rules", ()) if not rule["passed"]]
+    for rule in sorted(broken, key=lambda rule: rule["severity"] != "stop"):
+        examples, observed = rule.get("examples"), rule.get("observed")
+        shown = ", ".join(f"{k} {v}" for k, v in examples[0].items()) if examples else f"observed {observed}"
+        rows.append(
+            [
+                f"{rule['table']}.{rule['column']}" if rule["column"] else rule["table"],
+                rule["says"] or rule["rule"],
+                {"stop": "stops the run", "warn": "warning"}.get(rule["severity"], rule["severity"]),
+                f"{rule.get('broken_rows', 0):,}",
+                shown if len(shown) <= EXAMPLE_CHARACTERS else f"{shown[:EXAMPLE_CHARACTERS]}…",
+            ]
+        )
+    return Content("Rules that the data break", ["column", "rule", "severity", "rows", "example"], rows)
 
 
 def models_table(found: dict[str, Any]) -> Content:
-    """A line a model, then the champion, and the oracle: the ceiling of any model."""
-    columns = ["model", "AUC", "±95%", "group AUC", "logloss", "cal. error", "rows/s", "gate"]
+    """A line for each model, then the champion, and the oracle: the ceiling of any model.
+
+    The valid AUC is shown where a model has no figures of the test days yet.
+    """
+    columns = ["model", "valid AUC", "AUC", "±95%", "group AUC", "logloss", "cal. error", "rows/s", "gate"]
     rows = []
-    judged = found["decision"].get("candidates", {})
-    for name, metrics in found["evaluate"].items():
-        test, speed = metrics["test"], found["train"][name].get("rows_per_second")
+    judged, evaluate = found["decision"].get("candidates", {}), found["evaluate"]
+    for name in dict.fromkeys([*found["train"], *evaluate]):
+        trained, metrics = found["train"].get(name, {}), evaluate.get(name)
+        auc, *others = _figures(metrics["test"]) if metrics else [""] * 4
+        interval = _figure((metrics["test"]["auc_high"] - metrics["test"]["auc_low"]) / 2) if metrics else ""
+        valid = "" if found["train"].keys() <= evaluate.keys() else _figure(trained.get("valid_auc"))
+        speed = f"{trained['rows_per_second']:,}" if trained.get("rows_per_second") else ""
         verdict = "" if name not in judged else "passes" if judged[name]["passed"] else "fails"
-        interval = f"{(test['auc_high'] - test['auc_low']) / 2:.4f}"
-        rows.append([name, *_figures(test), f"{speed:,}" if speed else "", verdict])
-        rows[-1].insert(2, interval)
-    any_metrics = next(iter(found["evaluate"].values()), None)
+        rows.append([name, valid, auc, interval, *others, speed, verdict])
+    any_metrics = next(iter(evaluate.values()), None)
     if any_metrics and (champion := any_metrics["champion"]):
-        rows.append([f"champion {champion['version']}", *_figures(champion["test"]), "", ""])
-        rows[-1].insert(2, "")
+        auc, *others = _figures(champion["test"])
+        rows.append([f"champion {champion['version']}", "", auc, "", *others, "", ""])
     if any_metrics and "oracle_auc" in any_metrics["test"]:
         test = any_metrics["test"]
-        rows.append(["oracle", f"{test['oracle_auc']:.4f}", "", "", f"{test['oracle_logloss']:.4f}", "", "", ""])
-    return "Models on the test days", columns, rows
+        rows.append(["oracle", "", _figure(test["oracle_auc"]), "", "", _figure(test["oracle_logloss"]), "", "", ""])
+    filled = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    title = "Models on the test days" if evaluate else "Models"
+    return Content(title, [columns[i] for i in filled], [[row[i] for i in filled] for row in rows])
 
 
 def data_table(found: dict[str, Any]) -> Content:
-    source, dataset = found["source"], found["dataset"]
+    source, dataset, rows = found["source"], found["dataset"], []
     rules = found["validation"].get("rules", [])
-    rows = [
-        ["source", str(source["source"])],
-        ["impressions", f"{source['impressions']:,}, {source['label_rate']:.1%} clicked"],
-        ["days", f"{source['days']}, {source['first_day']} to {source['last_day']}"],
-        ["users, items", f"{source['users']:,} and {source['items']:,}"],
-    ]
+    if source:
+        rows += [
+            ["source", str(source["source"])],
+            ["impressions", f"{source['impressions']:,}, {source['label_rate']:.1%} clicked"],
+            ["days", f"{source['days']:,}, {source['first_day']} to {source['last_day']}"],
+            ["users, items", f"{source['users']:,} and {source['items']:,}"],
+        ]
+    if aside := found["validation"].get("quarantined"):
+        rows.append(["rows set aside", ", ".join(f"{count:,} {reason}" for reason, count in aside.items())])
     if rules:
-        broken = [rule for rule in rules if not rule["passed"]]
-        warned = "".join(f"; {r['severity']}: {r['table']}.{r['column']} ({r['says'] or r['rule']})" for r in broken)
-        rows.append(["rules that hold", f"{len(rules) - len(broken)} of {len(rules)}{warned}"])
+        rows.append(["rules that hold", f"{sum(rule['passed'] for rule in rules):,} of {len(rules):,}"])
     if dataset:
         splits = sorted(dataset["splits"].items(), key=lambda split: split[1])
         counts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in splits)
-        rows.append(["rows", f"{counts}; {dataset['bytes_per_row']} bytes each"])
+        rows.append(["rows", f"{counts}; {dataset['bytes_per_row']:,} bytes each"])
     if found["smoke"].get("served"):
         latency, error = found["smoke"]["latency_ms"], found["smoke"]["golden"]["max_abs_error"]
         times = f"latency p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
         rows.append(["served", f"golden scores within {error:.1e}; {times}"])
-    return "Data", ["", ""], rows
+    return Content("Data", ["", ""], rows)
 
 
 def stages_table(found: dict[str, Any]) -> Content:
-    stages = {name: cost for name, cost in found["stages"].items() if cost}
-    rows = [[name, f"{cost['seconds']:.1f}", f"{cost['peak_mib']:,}"] for name, cost in stages.items()]
-    return "Stages, when they last ran here", ["stage", "seconds", "peak MiB"], rows
+    """Every stage of the pipeline, once one has run. A stage that DVC took from its cache has no time here."""
+    stopped = found["stopped"][0] if found["stopped"] else None
+    rows = []
+    for name, cost in found["stages"].items():
+        state = "failed" if name == stopped else "done" if name in found["ended"] else "not run"
+        seconds, peak = cost.get("seconds"), cost.get("peak_mib")
+        known = state != "not run"
+        rows.append(
+            [
+                name,
+                state,
+                f"{seconds:,.1f} s" if known and seconds is not None else "",
+                f"{peak:,} MiB" if known and peak is not None else "",
+            ]
+        )
+    return Content(
+        "Stages, when they last ran here",
+        ["stage", "", "time", "peak memory"],
+        rows if found["ended"] or stopped else [],
+    )
+
+
+def slices_table(found: dict[str, Any]) -> Content:
+    names = list(found["evaluate"])
+    rows = []
+    for part in found["evaluate"][names[0]]["slices"] if names else ():
+        cells = [found["evaluate"][name]["slices"][part] for name in names]
+        small = " (small)" if cells[0]["small"] else ""
+        rows.append([part, f"{cells[0]['rows']:,}{small}", *(_figure(cell["auc"]) for cell in cells)])
+    return Content("AUC by slice of the test days", ["slice", "rows", *names], rows)
+
+
+def gate_table(found: dict[str, Any]) -> Content:
+    rows = [
+        [
+            model,
+            rule["rule"],
+            "not measurable" if rule["value"] is None else number(rule["value"], rule["limit"]),
+            f"{rule['must_be']} {number(rule['limit'])}",
+            "holds" if rule["passed"] else "broken",
+        ]
+        for model, candidate in found["decision"].get("candidates", {}).items()
+        for rule in candidate["rules"]
+    ]
+    return Content("Rules of the gate", ["model", "rule", "value", "must be", ""], rows)
 
 
 def _figures(test: dict[str, Any]) -> list[str]:
-    names = ("auc", "group_auc", "logloss", "calibration_error")
-    return ["" if test[name] is None else f"{test[name]:.4f}" for name in names]
+    return [_figure(test[name]) for name in ("auc", "group_auc", "logloss", "calibration_error")]
 
 
-def _rich(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(columns))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or not any(columns) else "right")
-    for row in rows:
-        table.add_row(*row)
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _rich(content: Content) -> Table:
+    table = Table(title=content.title, title_justify="left", show_header=any(content.columns))
+    for i, column in enumerate(content.columns):
+        words = i == 0 or not any(row[i][:1].isdigit() for row in content.rows) or not any(content.columns)
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    for row in content.rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -155,75 +301,68 @@ def _rich(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 def page(found: dict[str, Any], tables: list[Content]) -> str:
     """The HTML page: self-contained, its plots inline SVG."""
+    rules, models, data, stages = tables
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("report.html.j2").render(
-        decision=found["decision"], package=found["package"], smoke=found["smoke"], source=found["source"],
-        tables=[table for table in tables if table[2]], plots=plots(found), slices=slices_table(found),
+        **{name: found[name] for name in ("decision", "package", "source", "stopped", "ended")},
+        rules=rules, models=models, plots=list(plots(found)), slices=slices_table(found), data=data,
+        gate=gate_table(found), stages=stages,
     )  # fmt: skip
 
 
-def slices_table(found: dict[str, Any]) -> Content:
-    names = list(found["evaluate"])
-    rows = []
-    for part in found["evaluate"][names[0]]["slices"] if names else ():
-        cells = [found["evaluate"][name]["slices"][part] for name in names]
-        aucs = ["" if cell["auc"] is None else f"{cell['auc']:.4f}" for cell in cells]
-        rows.append([part, f"{cells[0]['rows']:,}" + (" (small)" if cells[0]["small"] else ""), *aucs])
-    return "AUC by slice of the test days", ["slice", "rows", *names], rows
-
-
-def plots(found: dict[str, Any]) -> list[tuple[str, str]]:
+def plots(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(caption, SVG): learning curves, ROC, calibration, AUC by slice."""
     import matplotlib as mpl
-    from matplotlib.figure import Figure
 
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clickloop", "font.family": "sans-serif"})
-    drawn = []
-
-    def draw(caption: str, x: str, y: str) -> tuple[Any, Figure]:
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        drawn.append((caption, figure))
-        return axes, figure
-
-    if any(len(frame) for frame in found["history"].values()):
-        axes, _ = draw("Valid AUC by epoch", "epoch", "valid AUC")
+    if found["history"]:
+        axes = _axes("epoch", "valid AUC")
         for name, frame in found["history"].items():
-            if frame.empty:  # evaluated here, trained elsewhere
-                continue
             axes.plot(frame["epoch"], frame["valid_auc"], marker="o", label=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    if any(len(frame) for frame in found["roc"].values()):
-        axes, _ = draw("ROC on the test days", "false positive rate", "true positive rate")
+        yield "Valid AUC by epoch", _svg(axes)
+    if found["roc"]:
+        axes = _axes("false positive rate", "true positive rate")
         for name, frame in found["roc"].items():
             axes.plot(frame["false_positive_rate"], frame["true_positive_rate"], label=name)
         axes.plot([0, 1], [0, 1], color="0.7", lw=1, ls=":")
         axes.legend(frameon=False)
-        axes, _ = draw("Calibration on the test days", "predicted click rate", "observed click rate")
+        yield "ROC on the test days", _svg(axes)
+    if found["calibration"]:
+        axes = _axes("predicted click rate", "observed click rate")
         for name, frame in found["calibration"].items():
             axes.plot(frame["predicted"], frame["observed"], marker=".", label=name)
         top = max(frame[["predicted", "observed"]].max().max() for frame in found["calibration"].values())
         axes.plot([0, top], [0, top], color="0.7", lw=1, ls=":")
         axes.legend(frameon=False)
-        axes, _ = draw("AUC by slice (none where one class alone)", "AUC", "")
+        yield "Calibration on the test days", _svg(axes)
+    if found["evaluate"]:
+        axes = _axes("AUC", "")
         parts = list(next(iter(found["evaluate"].values()))["slices"])
         height = 0.8 / len(found["evaluate"])
         for i, (name, metrics) in enumerate(found["evaluate"].items()):
             values = [metrics["slices"][part]["auc"] or 0.5 for part in parts]
-            at = [j + i * height for j in range(len(parts))]
-            axes.barh(at, [v - 0.5 for v in values], height, left=0.5, label=name)
+            places = [j + i * height for j in range(len(parts))]
+            axes.barh(places, [value - 0.5 for value in values], height, left=0.5, label=name)
         axes.set_yticks([j + 0.4 - height / 2 for j in range(len(parts))], parts)
         axes.invert_yaxis()
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return [(caption, _svg(figure)) for caption, figure in drawn]
+        yield "AUC by slice (no bar where all rows have one label)", _svg(axes)
 
 
-def _svg(figure: Any) -> str:
+def _axes(x: str, y: str) -> Any:
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5.2, 3.6), layout="constrained").subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _svg(axes: Any) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    axes.figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

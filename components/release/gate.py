@@ -1,7 +1,7 @@
-"""gate: may this ship? Rules and the champion -> decision.json, which names the bytes that were judged.
+"""gate: may a model ship? Rules and the champion -> decision.json, which names the bytes that were judged.
 
-A rejection is a verdict, not a failure: the run ends well, and nothing ships. Every model is judged by every rule; of
-those that pass, the one with the highest test AUC is chosen.
+If the gate rejects every model, the run succeeds and ships nothing. Every model is judged by every rule. Of those that
+pass, the gate chooses the one with the highest test AUC.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from components.common.artifacts import read_json, write_json
 from components.common.champion import POINTER, read_pointer
 
 NOT_MEASURABLE = {
-    "group_auc": "cannot be measured: no user of the test days has both a click and a row without one; where that is "
-    "as it should be, set gate.min_group_auc to null"
+    "group_auc": "cannot be measured: no user of the test days has both a click and a row without one; if your data "
+    "are like this, set gate.min_group_auc to null"
 }
 
 
@@ -24,10 +24,10 @@ NOT_MEASURABLE = {
 class GateConfig:
     """min_auc, min_group_auc, min_test_rows, max_calibration_error   absolute thresholds on the test days
     max_logloss_ratio   of the logloss of always predicting the test days' click rate
-    max_auc_loss        the most that AUC may fall behind the champion's on the same rows
+    max_auc_loss        the most that the AUC may be below the champion's on the same rows
     max_slice_auc_loss  the same for every slice that is not small
 
-    null leaves a rule out, and the decision says so: for a figure that the data cannot give.
+    null leaves a rule out, and the decision says so. Use it for a figure that the data cannot give.
     """
 
     min_auc: float | None
@@ -72,16 +72,16 @@ def run(
                 raise ValueError(
                     f"{file}: {key} is {metrics[key]}, on disk is {on_disk}; run `dvc repro evaluate@{name}`"
                 )
-        against, serves = ((one or {}).get("version", "no champion") for one in (metrics["champion"], current))
-        if against != serves:
+        measured, named = ((one or {}).get("version", "no champion") for one in (metrics["champion"], current))
+        if measured != named:
             raise ValueError(
-                f"{file}: measured against {against}, {champion} names {serves}; run `dvc repro evaluate@{name}`"
+                f"{file}: measured against {measured}, {champion} names {named}; run `dvc repro evaluate@{name}`"
             )
         rules = judge(config, metrics)
         passed = all(rule["passed"] for rule in rules)
         candidates[name] = {**judged, "auc": metrics["test"]["auc"], "passed": passed, "rules": rules}
     if not candidates:
-        raise ValueError(f"{evaluations}: no model is evaluated; run `dvc repro evaluate`")
+        raise ValueError(f"{evaluations} holds no evaluation; run `dvc repro evaluate`")
     passing = [name for name, candidate in candidates.items() if candidate["passed"]]
     chosen = max(passing, key=lambda name: candidates[name]["auc"]) if passing else None
     decision = {
@@ -92,15 +92,11 @@ def run(
         "schema_hash": data["schema_hash"],
         "champion": current,
         "candidates": candidates,
-        "reasons": list(reasons(config, chosen, candidates, current)),
+        "left_out": config.left_out,
     }
+    decision["reasons"] = list(reasons(decision))
     write_json(output, decision)
     return decision
-
-
-def summary(decision: dict[str, Any]) -> dict[str, str]:
-    verdict = f"{decision['verdict']}: {decision['model'] or 'nothing ships'}"
-    return {"verdict": verdict, "because": "\n".join(decision["reasons"])}
 
 
 def judge(config: GateConfig, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -125,28 +121,49 @@ def _rules(config: GateConfig, metrics: dict[str, Any]) -> Iterator[dict[str, An
             yield _at_most(f"auc_loss on {name}", theirs["auc"] - ours["auc"], config.max_slice_auc_loss)
 
 
-def reasons(
-    config: GateConfig, chosen: str | None, candidates: dict[str, Any], champion: dict[str, Any] | None
-) -> Iterator[str]:
+def reasons(decision: dict[str, Any]) -> Iterator[str]:
     """The verdict in sentences."""
-    if champion is None:
-        yield "no champion yet: absolute thresholds alone"
-    if config.left_out:
-        yield f"left out, for they are null in params.yaml: {', '.join(f'gate.{name}' for name in config.left_out)}"
-    for name, candidate in candidates.items():
-        broken = [rule for rule in candidate["rules"] if not rule["passed"]]
-        if broken:
-            told = "; ".join(map(_broken, broken))
-            yield f"{name} fails {len(broken)} of {len(candidate['rules'])} rules: {told}"
-        else:
-            best = ", the highest AUC of those that pass" if name == chosen else ""
-            yield f"{name} passes all {len(candidate['rules'])} rules with AUC {candidate['auc']:.4f}{best}"
+    if decision["champion"] is None:
+        yield "there is no champion yet: only the absolute thresholds are judged"
+    if decision["left_out"]:
+        names = ", ".join(f"gate.{name}" for name in decision["left_out"])
+        yield f"not judged, because they are null in params.yaml: {names}"
+    for name, candidate in decision["candidates"].items():
+        best = ", the highest AUC of those that pass" if name == decision["model"] else ""
+        yield f"{name} {_result(candidate)}{best}"
+
+
+def _result(candidate: dict[str, Any]) -> str:
+    count, broken = len(candidate["rules"]), [rule for rule in candidate["rules"] if not rule["passed"]]
+    if broken:
+        return f"fails {len(broken)} of {count} rules: {'; '.join(map(_broken, broken))}"
+    return f"passes all {count} rules with AUC {candidate['auc']:.4f}"
 
 
 def _broken(rule: dict[str, Any]) -> str:
     if rule["value"] is None:
         return f"{rule['rule']} {NOT_MEASURABLE.get(rule['rule'], 'cannot be measured')}"
-    return f"{rule['rule']} {rule['value']:.4g} is not {rule['must_be']} {rule['limit']:g}"
+    return f"{rule['rule']} {number(rule['value'], rule['limit'])} is not {rule['must_be']} {number(rule['limit'])}"
+
+
+def number(value: float, limit: float | None = None) -> str:
+    """12,345 or four digits of a fraction; more digits where four would read like the limit that it is not."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    texts = (f"{value:,.{digits}g}" for digits in range(4, 18))
+    return next((text for text in texts if value == limit or float(text.replace(",", "")) != limit), str(value))
+
+
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    """The decision for a person."""
+    model, champion = found["model"], found["champion"]
+    said = {
+        "verdict": f"approved: {model}" if model else "rejected: no model passes, so nothing ships",
+        "champion": champion["version"] if champion else "none yet: only the absolute thresholds are judged",
+    }
+    if found["left_out"]:
+        said["not judged"] = ", ".join(f"gate.{name} (null)" for name in found["left_out"])
+    return said | {name: _result(candidate) for name, candidate in found["candidates"].items()}
 
 
 def _at_least(rule: str, value: float | None, limit: float | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""package: the approved checkpoint -> a Bento as a folder, with golden requests; nothing where the gate said no.
+"""package: the approved checkpoint -> a Bento as a folder, with golden requests. It builds nothing if the gate rejects.
 
-package.json    what was built, from which bytes
+package.json    what was built, from which bytes and for which versions of the packages that serve
 bento/          `bentoml serve "$PWD/artifacts/package/bento"`: BentoML doubles a relative path
-golden.json     requests with the scores that the model gives them here, without the server's code
+golden.json     requests, and the scores that the model gives them without the server's code
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 import bento
 from bento import ITEM_STATE, MAX_BODY_BYTES, MAX_CANDIDATES, SERVING
+from bento.build import requirements
 from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.common.contracts import read_parquet
 from components.common.dataset import Dataset, popularity_level
@@ -36,6 +37,7 @@ from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
 GOLDEN_CANDIDATES = 20
 CODE = Path(bento.__file__).parents[1]
+NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,19 @@ class PackageConfig:
         if not 1 <= self.max_candidates <= MAX_CANDIDATES:
             raise ValueError(f"max_candidates is {self.max_candidates}; it must be in [1, {MAX_CANDIDATES}]")
         if self.golden_requests < 2:
-            raise ValueError(f"golden_requests is {self.golden_requests}; at least 2, one for each kind of history")
+            raise ValueError(
+                f"golden_requests is {self.golden_requests}; give at least 2, one for each kind of history"
+            )
 
 
 def run(
-    config: PackageConfig, decision: Path, checkpoints: Path, dataset: Path, features: Path, output: Path
+    config: PackageConfig, decision: Path, checkpoints: Path, dataset: Path, features: Path, repo: Path, output: Path
 ) -> dict[str, Any]:
-    """Returns package.json. Raises ValueError where the bytes on disk are not those that the gate judged."""
+    """Returns package.json. Raises ValueError where the bytes on disk are not those that the gate judged.
+
+    The Bento's version is a hash of all that it serves from: model, item state, code, the versions of the packages that
+    serve, and `repo`, the Feast repo whose definitions say what the online store returns.
+    """
     judged = read_json(decision, "gate")
     if judged["verdict"] != "approve":
         with new_folder(output) as folder:
@@ -80,18 +88,20 @@ def run(
         save_file(item_state(checkpoint, sources.popularity), model / ITEM_STATE)
         code = Path(scratch) / "code"
         for part in ("bento", "models"):
-            shutil.copytree(CODE / part, code / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(CODE / part, code / part, ignore=NO_CACHES)
         hashes = {
             "checkpoint_sha256": judged["checkpoint_sha256"],
             "data_sha256": judged["data_sha256"],
             "schema_sha256": checkpoint.schema_hash,
             "item_state_sha256": file_hash(model / ITEM_STATE),
             "code_sha256": folder_hash(code),
+            "feature_repo_sha256": folder_hash(shutil.copytree(repo, Path(scratch) / "repo", ignore=NO_CACHES)),
+            "packages": requirements(),
         }
         served = json.dumps([hashes, config.max_candidates], sort_keys=True)
         version = f"{judged['model']}-{hashlib.sha256(served.encode()).hexdigest()[:12]}"
         write_json(model / SERVING, {"version": version, "max_candidates": config.max_candidates})
-        facts = {"version": version, "model": judged["model"], **hashes}
+        facts: dict[str, Any] = {"version": version, "model": judged["model"], **hashes}
         build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, Path(scratch) / "home")
         write_json(folder / "golden.json", golden(config, checkpoint, data, sources))
         package = {
@@ -107,12 +117,8 @@ def run(
     return package
 
 
-def summary(found: dict[str, Any]) -> dict[str, str]:
-    return {"built": found["tag"] if found["built"] else "nothing: the gate rejected"}
-
-
 def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -> Checkpoint:
-    """The checkpoint, once hashes say that it, the dataset and the decision belong together."""
+    """The checkpoint, if the hashes say that it, the dataset and the decision belong together."""
     found = checkpoint_hash(source)
     if found != judged["checkpoint_sha256"]:
         raise ValueError(
@@ -147,9 +153,9 @@ def _newest(path: Path, key: str) -> pd.DataFrame:
 
 
 def item_state(checkpoint: Checkpoint, popularity: pd.DataFrame) -> dict[str, Tensor]:
-    """Per impression feature of origin "item": the index of each catalog row, int64 [I].
+    """For each impression feature of origin "item": the index of each catalog row, int64 [I].
 
-    popularity  counts by item id; the feature NAME_level is the level of its column NAME, and missing without a row.
+    popularity  counts by item id; the feature NAME_level is the level of its column NAME, or missing without a row
     """
     state: dict[str, Tensor] = {}
     rows = checkpoint.catalog.rows(torch.from_numpy(popularity.index.to_numpy(dtype=np.int64).copy()))
@@ -172,14 +178,15 @@ def _origin(checkpoint: Checkpoint, origin: str) -> list[Feature]:
 
 
 def build_bento(
-    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, str], home: Path
+    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, Any], home: Path
 ) -> None:
-    """In a process, a folder and a BENTOML_HOME of its own, so that the user's home and store stay as they are."""
+    """Build with its own process, folder and BENTOML_HOME, so that the user's home and store stay as they are."""
     words = {
         "name": name,
         "version": version,
         "model": str(model),
         "output": str(output),
+        "packages": facts["packages"],
         "labels": {"version": facts["version"], "model": facts["model"]},
         "metadata": facts,
     }
@@ -198,11 +205,11 @@ def build_bento(
 
 
 def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources: Sources) -> list[dict[str, Any]]:
-    """Requests, alternately with a history and with the online store's, and what the server must answer.
+    """Requests, and what the server must answer. Every second one brings a history, the others use the online store's.
 
-    Each is {request, scores in the candidates' order, degraded}. Histories of the first kind are the dataset's own:
-    those that rows of the test days point at. Users of the second kind have a history, unless nobody has.
-    Every fifth request holds an item that no catalog knows.
+    Each is {request, scores in the candidates' order, degraded}. The histories come from the dataset: rows of the test
+    days point at them. Users of the other requests have a history in the store, unless nobody has one.
+    Every fifth request holds an item that the catalog does not know.
     """
     rng = np.random.default_rng(0)
     catalog, log = data.catalog, data.click_log
@@ -241,7 +248,7 @@ def golden(config: PackageConfig, checkpoint: Checkpoint, data: Dataset, sources
 
 
 def _some_value(checkpoint: Checkpoint, field: Feature, rng: np.random.Generator) -> str | None:
-    """A value of the vocabulary as a client would give it, or none."""
+    """A value of the vocabulary as a client would send it, or None."""
     values = checkpoint.encoder.integers[field.name].tolist() if field.vocab is None else field.vocab
     at = int(rng.integers(-1, len(values)))
     if at < 0:
@@ -253,14 +260,14 @@ def _some_value(checkpoint: Checkpoint, field: Feature, rng: np.random.Generator
 
 @torch.inference_mode()
 def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, Any], clicks_C: Tensor) -> Tensor:
-    """Probabilities by the model's own forward; clicks_C are the catalog rows of the user's clicks, oldest first."""
+    """Probabilities by the model's own forward pass; clicks_C are the catalog rows of the clicks, oldest first."""
     candidates, user = request["candidates"], request["user_id"]
     fields = []
     for field in checkpoint.encoder.schema.impression_fields:
         values: list[Any]
         if field.origin == "item":
             counts = sources.popularity[field.name.removesuffix("_level")].reindex(candidates)
-            # an item that no catalog knows has no state, whatever was counted of it
+            # an item that the catalog does not know has no state, even if it was counted
             values = [None if np.isnan(n) else int(popularity_level(np.array(n))) for n in counts]
         elif field.origin == "context":
             value = request["context"][field.name]
@@ -279,6 +286,17 @@ def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, 
         torch.full((B,), C),
     )
     return torch.sigmoid(checkpoint.model(batch, checkpoint.catalog, clicks_C).logit_B).double()
+
+
+def summary(found: dict[str, Any]) -> dict[str, str]:
+    """package.json for a person."""
+    if not found["built"]:
+        return {"Bento": "none: the gate rejected", "reasons": "; ".join(found["reason"])}
+    return {
+        "Bento": found["tag"],
+        "size": f"{found['bento_bytes'] / 2**20:,.1f} MiB, {found['model_bytes'] / 2**20:,.1f} MiB of it the model",
+        "a request": f"at most {found['max_candidates']:,} candidates and {found['max_body_bytes'] / 2**10:,.0f} KiB",
+    }
 
 
 def _size(folder: Path) -> int:

@@ -1,19 +1,12 @@
-"""smoke: the Bento as it will run - served on loopback, asked the golden requests, bad ones, and many in a row.
+"""smoke: the Bento as it will run. It is served on loopback and gets the golden requests, bad ones, and many in a row.
 
-"Passed" says that this Bento is servable and repeats the offline scores; whether its model is good, the gate judged.
+"Passed" means that this Bento can be served and repeats the offline scores. The gate judges whether its model is good.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +14,9 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 
 from components.common.artifacts import read_json, write_json
-
-READY_SECONDS = 120.0
-STOP_SECONDS = 20.0
-WORKER_FAILED = "Initializing service error"  # BentoML's words in the log; the deadline holds without them too
+from components.release.server import Served
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +48,7 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
     if config.latency_candidates > built["max_candidates"]:
         raise ValueError(
             f"smoke.latency_candidates is {config.latency_candidates}, package.max_candidates "
-            f"{built['max_candidates']}; ask for no more than the server takes"
+            f"{built['max_candidates']}; do not ask for more than the server takes"
         )
     golden = read_json(package / "golden.json", "package")
     served = Served(package / "bento", repo, output.with_name("server.log"))
@@ -79,11 +68,14 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:
+    """smoke.json for a person."""
     if not found["served"]:
-        return {"served": "nothing: no Bento was built"}
-    latency, golden = found["latency_ms"], found["golden"]
+        return {"served": "nothing: the gate rejected", "reasons": "; ".join(found["reason"])}
+    golden, latency = found["golden"], found["latency_ms"]
     return {
-        "golden scores": f"{golden['requests']:,} requests, offline scores met within {golden['max_abs_error']:.1e}",
+        "served": f"{found['tag']}, ready after {found['ready_seconds']:.1f} s",
+        "golden requests": f"{golden['requests']:,} answered; scores differ by at most {golden['max_abs_error']:.1e}",
+        "bad requests": f"{len(found['refused']):,} refused, each with a 4xx",
         "latency": f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms",
         "memory": f"{found['memory_mib']:,.0f} MiB at most",
     }
@@ -119,7 +111,7 @@ def check_golden(client: httpx.Client, golden: list[dict[str, Any]], version: st
 
 
 def check_refusals(client: httpx.Client, good: dict[str, Any], built: dict[str, Any]) -> dict[str, int]:
-    """Each bad request must be the client's error (4xx), and the server must live on. Returns name -> status."""
+    """Each bad request must get a 4xx, and the server must answer afterwards. Returns name -> status."""
     item = good["candidates"][0]
     bad: dict[str, bytes] = {
         "unknown field": _body({**good, "colour": "red"}),
@@ -174,112 +166,3 @@ def _post(client: httpx.Client, body: bytes, where: str) -> httpx.Response:
 
 def _body(request: dict[str, Any]) -> bytes:
     return json.dumps(request).encode()
-
-
-# ---- the server -------------------------------------------------------------------------------------------------
-
-
-class Served:
-    """`bentoml serve FOLDER` on a free loopback port, with a BENTOML_HOME of its own.
-
-    repo  a feature_repo folder; None serves without an online store
-    log   what the server says, kept; an error shows the end of it
-    """
-
-    def __init__(self, bento: Path, repo: Path | None, log: Path) -> None:
-        self.bento, self.repo, self.log = bento, repo, log
-        self.ready_seconds = 0.0
-        self.processes: dict[int, psutil.Process] = {}
-
-    @contextmanager
-    def running(self) -> Iterator[Served]:
-        """Ready inside the block. Raises ValueError where it does not get ready, or leaves a process behind."""
-        with tempfile.TemporaryDirectory(prefix="clickloop-serve-") as home:
-            port = _free_port()
-            self.url = f"http://127.0.0.1:{port}"
-            env = {k: v for k, v in os.environ.items() if k != "CLICKLOOP_FEATURE_REPO"}
-            env |= {"BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True", "PYTHONDONTWRITEBYTECODE": "1"}
-            if self.repo is not None:
-                env["CLICKLOOP_FEATURE_REPO"] = str(self.repo.resolve())
-            command = [sys.executable, "-m", "bentoml", "serve", str(self.bento.resolve()), "--port", str(port)]
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("wb") as opened:
-                process = subprocess.Popen(
-                    command, stdout=opened, stderr=subprocess.STDOUT, env=env, cwd=home, start_new_session=True
-                )
-            try:
-                self.processes[process.pid] = psutil.Process(process.pid)
-                self._wait_until_ready(process)
-                yield self
-                self._see_processes()
-                process.terminate()
-                process.wait(STOP_SECONDS)
-                left = [p for p in self.processes.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-                if left:
-                    raise ValueError(f"stopped, but left running: {[' '.join(p.cmdline()) for p in left]}")
-            except (ValueError, subprocess.TimeoutExpired) as error:
-                raise ValueError(f"{error}\nEnd of {self.log}:\n{self._said()[-3000:]}") from error
-            finally:
-                self._kill(process)
-
-    def client(self) -> httpx.Client:
-        headers = {"content-type": "application/json"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
-
-    def peak_memory_mib(self) -> float:
-        """Largest resident memory of each of the server's processes so far, summed; shared pages count for each."""
-        self._see_processes()
-        return round(sum(_peak_bytes(process) for process in self.processes.values()) / 2**20, 1)
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        begin = time.monotonic()
-        with self.client() as client:
-            while time.monotonic() - begin < READY_SECONDS:
-                self._see_processes()
-                if process.poll() is not None:
-                    raise ValueError(f"{self.bento}: the server ended with exit code {process.returncode}")
-                if WORKER_FAILED in self._said():  # BentoML would start it again, for ever
-                    raise ValueError(f"{self.bento}: the server's worker cannot start")
-                try:
-                    if client.get("/readyz", timeout=1).status_code == 200:
-                        self.ready_seconds = time.monotonic() - begin
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.1)
-        raise ValueError(f"{self.bento}: not ready after {READY_SECONDS:.0f} s")
-
-    def _see_processes(self) -> None:
-        """BentoML's workers have sessions of their own, so no process group holds them all."""
-        for known in list(self.processes.values()):
-            with suppress(psutil.NoSuchProcess):
-                self.processes |= {child.pid: child for child in known.children(recursive=True)}
-
-    def _said(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def _kill(self, process: subprocess.Popen[bytes]) -> None:
-        with suppress(psutil.NoSuchProcess):
-            self.processes[process.pid].suspend()  # or it would start a worker while they are counted
-        self._see_processes()
-        for one in self.processes.values():
-            with suppress(psutil.NoSuchProcess):
-                one.kill()  # psutil checks that the id is still the same process
-        process.wait()
-        psutil.wait_procs(self.processes.values(), timeout=STOP_SECONDS)
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
-def _peak_bytes(process: psutil.Process) -> int:
-    try:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return process.memory_info().rss  # no /proc, as on a Mac: what it holds now
-    except (OSError, psutil.Error):
-        return 0

@@ -1,4 +1,4 @@
-"""A server that reads on while `features` makes the stores anew under it. What is in a row: tests/components."""
+"""A server that keeps reading while `features` makes the stores anew. tests/components checks what is in a row."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None
     repo = make_store(world)
     fetch = feast_reader(str(repo))
     assert fetch is not None
-    with sqlite3.connect(world.features / "online.db") as store:  # a push changes the file, and makes no new one
-        store.execute("create table other (x)")
+    with sqlite3.connect(world.features / "online.db") as db:  # a push changes the file, and does not replace it
+        db.execute("create table other (x)")
     opened: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_Opened", lambda repo: opened.append(repo))
@@ -114,9 +114,9 @@ def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None
     assert opened == []
     shutil.copy(world.features / "online.db", world.features / "kept.db")
     (world.features / "kept.db").replace(world.features / "online.db")
-    with sqlite3.connect(world.features / "online.db") as store:
-        for (table,) in store.execute("select name from sqlite_master where name like '%user_history'").fetchall():
-            store.execute(f'delete from "{table}"')
+    with sqlite3.connect(world.features / "online.db") as db:
+        for (table,) in db.execute("select name from sqlite_master where name like '%user_history'").fetchall():
+            db.execute(f'delete from "{table}"')
     assert fetch(USER)["history"] is None
 
 

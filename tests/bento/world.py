@@ -57,6 +57,10 @@ class World:
         return self.root / "data" / "features"
 
     @property
+    def repo(self) -> Path:
+        return self.root / "feature_repo"
+
+    @property
     def model(self) -> Path:
         return self.checkpoints / self.checkpoint.family
 
@@ -77,6 +81,9 @@ def make_world(root: Path, family: str = "qin") -> World:
         family=family, network=NETWORKS[family], model=model.eval(), encoder=encoder, catalog=catalog, schema_hash=found
     )
     world = World(root, checkpoint)
+    world.repo.mkdir(parents=True)
+    for name in ("asof.py", "definitions.py", "feature_store.yaml"):
+        shutil.copy(Path(__file__).parents[2] / "feature_repo" / name, world.repo / name)
     save(world.model, checkpoint)
     _write_dataset(world, rng)
     _write_sources(world.features / "sources", rng)
@@ -185,15 +192,10 @@ def _write_sources(folder: Path, rng: torch.Generator) -> None:
 
 
 def make_store(world: World) -> Path:
-    """A Feast repo with its SQLite store, filled by the definitions that production applies."""
-    real = Path(__file__).parents[2] / "feature_repo"
-    repo = world.root / "feature_repo"
-    repo.mkdir()
-    for name in ("asof.py", "definitions.py", "feature_store.yaml"):
-        shutil.copy(real / name, repo / name)
-    fill_store(world, repo)
+    """The Feast repo, its SQLite store filled by the definitions that production applies."""
+    fill_store(world, world.repo)
     end_run(world)
-    return repo
+    return world.repo
 
 
 def fill_store(world: World, repo: Path) -> None:

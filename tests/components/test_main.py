@@ -174,17 +174,17 @@ def test_square_brackets_of_a_message_are_shown(tmp_path, capsys) -> None:
     assert f"{root}/nowhere/dataset.json is not there" in words(capsys.readouterr().err)
 
 
-def test_a_stage_notes_its_cost_and_a_failed_one_does_not(tmp_path, monkeypatch, capsys) -> None:
+def test_a_stage_notes_its_cost_and_its_error(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     note = tmp_path / ".scratch/stages/smoke.json"
     (tmp_path / "package.json").write_text("{")
     call = ["smoke", "--package", ".", "--repo", "r", "--output", "smoke.json", "--params", str(ROOT / "params.yaml")]
     assert program.main(call) == 1
-    assert not note.exists()
+    assert "package.json is not whole" in json.loads(note.read_text())["error"]
     (tmp_path / "package.json").write_text('{"built": false, "reason": ["auc"]}')
     assert program.main(call) == 0
     cost = json.loads(note.read_text())
-    assert cost["seconds"] >= 0 and cost["peak_mib"] > 10
+    assert cost["seconds"] >= 0 and cost["peak_mib"] > 10 and "error" not in cost
     assert re.search(r"smoke: \d+\.\d s, [\d,]+ MiB at most", words(capsys.readouterr().err))
 
 

@@ -262,6 +262,14 @@ def test_the_online_store_serves_the_values_counted_by_hand(receipt: dict, prepa
     assert of_items["embedding"] == [wanted.get(item) for item in [*items, 1]]
 
 
+def test_a_log_holds_no_colour_codes(prepared: Folders, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    again = Folders(tmp_path / "again")
+    shutil.copytree(prepared.root, again.root)
+    features.run(FEATURES, again.canonical, again.report, again.embedding, again.repo, again.features)
+    printed = "".join(capfd.readouterr())
+    assert "Materializing" in printed and "\x1b" not in printed
+
+
 def test_the_receipt_counts(receipt: dict, prepared: Folders, rows: list[Row]) -> None:
     found = sources(prepared.features)
     assert receipt["clicks"] == sum(r.label for r in rows) == len(found["click_log"])

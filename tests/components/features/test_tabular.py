@@ -26,7 +26,8 @@ from components.release import evaluate, gate, package, smoke
 from components.release.evaluate import EvaluateConfig
 from components.release.gate import GateConfig
 from components.release.package import PackageConfig
-from components.release.smoke import Served, SmokeConfig
+from components.release.server import Served
+from components.release.smoke import SmokeConfig
 from components.training import start, train
 from components.training.config import TrainConfig
 from components.training.start import StartConfig
@@ -97,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             evaluate.run(judged, model, checkpoints / model, made.dataset, champion, evaluations / model)
     decided = gate.run(load(params, "gate", GateConfig), evaluations, checkpoints, made.dataset, champion, decision)
     package.run(
-        load(params, "package", PackageConfig), decision, checkpoints, made.dataset, made.features, built
+        load(params, "package", PackageConfig), decision, checkpoints, made.dataset, made.features, made.repo, built
     )  # fmt: skip
     asked = replace(load(params, "smoke", SmokeConfig), latency_requests=20)
     served = smoke.run(asked, built, made.repo, made.root / "smoke.json")

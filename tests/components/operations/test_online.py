@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -128,7 +131,7 @@ def test_what_is_served_is_what_was_counted_by_hand(
 
 
 def test_new_values_of_an_old_time_are_served(served: Folders, tmp_path: Path) -> None:
-    """A refit of the vectors changes no time. Feast's Redis store would keep the old ones, were it not told."""
+    """A refit of the vectors changes no time. By default, Feast's Redis store would keep the old ones."""
     again = Folders(tmp_path / "again")
     shutil.copytree(served.root, again.root)
     file = again.embedding / "item_embedding.parquet"
@@ -157,25 +160,142 @@ def test_pushed_clicks_are_served(served: Folders, rows: list[Row], monkeypatch:
     assert fetch(users[0])["region"] is not None
 
 
-def test_a_stream_of_clicks(served: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command that production runs: each click is served while the stream stays open."""
-    words = [sys.executable, "-m", "components", "push", "--repo", str(served.repo)]
+class Stream:
+    """The command that production runs, with an open stream of lines."""
+
+    def __init__(self, repo: Path, folder: Path) -> None:
+        words = [
+            sys.executable,
+            "-m",
+            "components",
+            "push",
+            "--repo",
+            str(repo),
+            "--params",
+            str(PROJECT / "params.yaml"),
+        ]
+        folder.mkdir()
+        self.rejected, pipe = folder / push.REJECTED, subprocess.PIPE
+        self.process = subprocess.Popen(
+            words, cwd=folder, stdin=pipe, stderr=pipe, env=os.environ | {"PYTHONPATH": str(PROJECT)}
+        )
+
+    def send(self, *lines: bytes) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(b"".join(line + b"\n" for line in lines))
+        self.process.stdin.flush()
+
+    def end(self) -> str:
+        """What it printed, once its lines have ended."""
+        _, printed = self.process.communicate()
+        return printed.decode()
+
+
+def line(user: int, item: int, timestamp: str = "2024-04-01T00:00:00+00:00") -> bytes:
+    return json.dumps({"user_id": user, "item_id": item, "timestamp": timestamp}).encode()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+BAD_LINES = [
+    b"", b"{", b'{"user_id": "\xff"}', b"[" * 100_000, b'"' + b"x" * 5000,
+    b'{"user_id": 4321, "item_id": "3", "timestamp": "2024-04-01T00:00:00+00:00"}',
+]  # fmt: skip
+
+
+def test_a_stream_of_clicks(served: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each click is served while the stream stays open, whatever lies between, and once, however often it comes."""
+    stream = Stream(served.repo, tmp_path / "push")
     fetch = reader(served, monkeypatch)
-    with subprocess.Popen(words, cwd=PROJECT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stream:
-        assert stream.stdin and stream.stderr
-        for n in range(3):
-            click = {"user_id": 4321, "item_id": n, "timestamp": "2024-04-01T00:00:00+00:00"}
-            stream.stdin.write(json.dumps(click) + "\n")
-            stream.stdin.flush()
-            deadline = time.monotonic() + 60
-            while fetch(4321)["history"] != list(range(n + 1)):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        stream.stdin.write('{"user_id": 4321, "item_id": "3"}\n')
-        stream.stdin.close()
-        told = " ".join(stream.stderr.read().split())
-        assert stream.wait() == 1
-    assert 'push: line 4: \'{"user_id": 4321, "item_id": "3"}\' is no click; write e.g.' in told
+    for n in range(3):
+        stream.send(line(4321, n), *BAD_LINES[2 * n : 2 * n + 2], line(4321, 0, "2024-04-01T02:00:00+02:00"))
+        wait_for(lambda n=n: fetch(4321)["history"] == list(range(n + 1)))
+    printed = stream.end()
+    assert stream.process.returncode == 0, printed
+    assert "push: 3 pushed, 3 repeated, 6 rejected" in printed
+    assert fetch(4321)["history"] == [0, 1, 2]
+    kept = [json.loads(one) for one in stream.rejected.read_text().splitlines()]
+    assert [one["line"] for one in kept] == [2, 3, 6, 7, 10, 11]
+    assert [one["text"] for one in kept[:3]] == ["", "{", '{"user_id": "\\xff"}']
+    assert kept[-1]["error"] == "item_id is '3'; it takes an integer of 64 bits"
+    shown = [one for one in printed.splitlines() if "is set aside" in one]
+    assert len(shown) == push.SHOWN and max(map(len, shown)) < 2 * push.SHOWN_CHARACTERS + 50
+    assert "push: line 2 is set aside: it is empty; write e.g. {" in printed
+
+
+def test_one_process_pushes(served: Folders, tmp_path: Path) -> None:
+    first, second = Stream(served.repo, tmp_path / "first"), None
+    try:
+        wait_for(lambda: lock_of(served).is_file() and lock_of(served).read_text() == str(first.process.pid))
+        second = Stream(served.repo, tmp_path / "second")
+        printed = " ".join(second.end().split())
+        assert second.process.returncode == 1
+        assert f"push: process {first.process.pid} pushes into {served.features} already" in printed
+        first.process.kill()  # the system gives its lock back
+        first.process.wait()
+        third = Stream(served.repo, tmp_path / "third")
+        assert "push: 0 pushed, 0 repeated, 0 rejected" in third.end()
+    finally:
+        for stream in filter(None, (first, second)):
+            stream.process.kill()
+            stream.process.communicate()
+
+
+def lock_of(folders: Folders) -> Path:
+    return folders.features.with_name(".features.push")
+
+
+def test_an_interrupted_stream_says_what_it_did(
+    served: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(served.repo, tmp_path / "push")
+    fetch = reader(served, monkeypatch)
+    stream.send(line(4322, 1), b"{")
+    wait_for(lambda: fetch(4322)["history"] == [1])
+    stream.process.send_signal(signal.SIGTERM)
+    assert stream.process.wait() == 143
+    assert "push: 1 pushed, 0 repeated, 1 rejected" in stream.end()
+
+
+def test_a_click_of_the_log_is_not_pushed_again(
+    served: Folders, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a process that was just started. A late click, which the log does not hold, is pushed."""
+    lag = FEATURES.availability_lag_seconds
+    again = Folders(tmp_path / "again")
+    shutil.copytree(served.root, again.root)
+    features.run(FEATURES, again.canonical, again.report, again.embedding, again.repo, again.features)
+    user = next(r.user for r in rows if r.label)
+    before = known_clicks(rows, user, 10**18, lag)[-FEATURES.history_length :]
+    seen = [r for r in rows if r.user == user and r.label]
+    moments = [datetime.fromtimestamp(r.micro // 10**6, UTC) + timedelta(microseconds=r.micro % 10**6) for r in seen]
+    with ExitStack() as stack:
+        histories = push.Histories(again.repo, FEATURES.history_length, stack)
+        clicks = [Click(user, r.item, moment) for r, moment in zip(seen, moments, strict=True)]
+        assert histories.add(clicks) == 0
+        fetch = reader(again, monkeypatch)
+        assert fetch(user)["history"] == before
+        late = [Click(user, 987, moments[0]), Click(user, seen[0].item, moments[0] + timedelta(microseconds=1))]
+        assert histories.add([*clicks, *late, *late]) == 2
+        assert histories.add(late) == 0
+        assert fetch(user)["history"] == [*before, 987, seen[0].item][-FEATURES.history_length :]
+
+
+def test_rejected_lines_take_a_bounded_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push, "REJECTED_BYTES", 1000)
+    file = tmp_path / "deep" / "rejected.jsonl"
+    for number in range(200):
+        push.set_aside(file, number, b"x" * 100_000, "it is wrong", show=False)
+        monkeypatch.setattr(push, "REJECTED_LINE", 50)
+    kept = [json.loads(one)["line"] for name in ("rejected.jsonl.1", "rejected.jsonl") for one in
+            (tmp_path / "deep" / name).read_text().splitlines()]  # fmt: skip
+    assert kept == list(range(kept[0], 200)) and len(kept) < 50  # the newest
+    assert sum(f.stat().st_size for f in (tmp_path / "deep").iterdir()) < 3000
 
 
 def test_a_store_made_anew_gets_the_clicks_that_its_log_lacks(
@@ -232,22 +352,24 @@ def test_clicks_wait_until_the_store_is_whole(served: Folders, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("bad", "wrong"),
     [
-        "",
-        "7",
-        "null",
-        "{",
-        '{"user_id": 1, "item_id": 2}',
-        '{"user_id": 1, "item_id": 2, "timestamp": 3}',
-        '{"user_id": true, "item_id": 2, "timestamp": "2024-04-01T00:00:00+00:00"}',
-        '{"user_id": 1, "item_id": 2.0, "timestamp": "2024-04-01T00:00:00+00:00"}',
-        '{"user_id": 1, "item_id": 2, "timestamp": "2024-04-01T00:00:00"}',
+        ("", "it is empty; write e.g."),
+        ("7", "it is not a JSON object"),
+        ("null", "it is not a JSON object"),
+        ("{", "it is not JSON"),
+        ('{"user_id": 1, "item_id": 2}', "timestamp is missing"),
+        ('{"user_id": 1, "item_id": 2, "timestamp": 3}', "timestamp is 3; it takes an ISO time"),
+        ('{"user_id": 1, "item_id": 2, "timestamp": "0001-01-01T00:00:00+05:00"}', "it takes an ISO time"),
+        ('{"user_id": true, "item_id": 2, "timestamp": "2024-04-01T00:00:00+00:00"}', "user_id is True"),
+        ('{"user_id": 1, "item_id": 2.0, "timestamp": "2024-04-01T00:00:00+00:00"}', "item_id is 2.0"),
+        ('{"user_id": 1, "item_id": 9223372036854775808, "timestamp": "2024-04-01T00:00:00+00:00"}', "of 64 bits"),
+        ('{"user_id": 1, "item_id": 2, "timestamp": "2024-04-01T00:00:00"}', "a time without a zone"),
     ],
 )
-def test_lines_that_are_no_clicks(line: str) -> None:
-    with pytest.raises(ValueError, match=r"is no click; write e\.g\. \{"):
-        push.parse(line)
+def test_lines_that_are_no_clicks(bad: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        push.parse(bad.encode())
 
 
 def test_old_histories_are_forgotten_alike(served: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

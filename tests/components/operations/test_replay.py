@@ -64,8 +64,8 @@ def applied(folders: Folders) -> None:
 
 def test_a_true_world_has_no_mismatch(world: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     assert differ(world, rows=50) == set()
-    told = capsys.readouterr().err
-    assert all(name in told for name in ("region", "views", "clicks", "history", "embedding"))
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in ("region", "views", "clicks", "history", "embedding"))
     events = Canonical(world.canonical).events()
     known = replay._known_from(FEATURES, events)
     drawn = replay.draw(events, known, 50, SEED)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components.data.rules import SEVERITIES, STOP, WARN
 from components.operations import report
 
 SOURCE = {
@@ -32,6 +34,19 @@ def evaluation(model: str, auc: float, champion: bool) -> dict[str, Any]:
     return {"model": model, "test": test, "slices": slices, "champion": theirs}
 
 
+# A rule as `validate` reports it, with the severities that it writes.
+HOLDS = {
+    "table": "events", "column": "label", "rule": "expect_column_values_to_be_in_set", "says": None, "limits": {},
+    "severity": SEVERITIES[STOP], "passed": True, "broken_rows": 0, "observed": None, "examples": [],
+}  # fmt: skip
+STOPS = {
+    **HOLDS, "passed": False, "says": "a label is 0 or 1", "broken_rows": 12345,
+    "examples": [{"row": 7, "label": 9, "note": "[bold]" + "x" * 900}],
+}  # fmt: skip
+WARNS = {**HOLDS, "column": "is_first", "says": "no impression is there twice", "severity": SEVERITIES[WARN],
+         "passed": False, "observed": 0.5}  # fmt: skip
+
+
 class Project:
     """What the stages would have left, written a part at a time."""
 
@@ -46,8 +61,15 @@ class Project:
     def source(self) -> None:
         self.write("data/canonical/source.json", SOURCE)
 
+    def validated(self, *broken: dict[str, Any]) -> None:
+        """As `validate` writes it: a rule that holds, and those that are broken."""
+        stopped = any(rule["severity"] == "stop" for rule in broken)
+        report = {"passed": not stopped, "quarantined": {"no such user": 1234}, "rules": [HOLDS, *broken]}
+        self.write("data/validation/report.json", report)
+
     def trained(self, model: str) -> None:
-        self.write(f"artifacts/train/{model}.json", {"rows_per_second": 45678})
+        self.write(f"artifacts/train/{model}.json", {"rows_per_second": 45678, "valid_auc": 0.6789})
+        self.write(f"checkpoints/{model}/config.json", {"facts": {}})
         self.write(f"artifacts/train/{model}_history.csv", "epoch,valid_auc\n1,0.61\n2,0.66\n")
 
     def evaluated(self, model: str, auc: float, champion: bool = False) -> None:
@@ -58,11 +80,7 @@ class Project:
 
     def everything(self) -> None:
         self.source()
-        rules = [
-            {"table": "events", "column": "label", "rule": "x", "says": "", "severity": "warning", "passed": p}
-            for p in (True, False)
-        ]
-        self.write("data/validation/report.json", {"rules": rules})
+        self.validated(WARNS)
         splits = {"train": [0, 6000], "valid": [6000, 7500], "test": [7500, 9000]}
         self.write("data/dataset/dataset.json", {"splits": splits, "bytes_per_row": 31})
         for model, auc in (("qin", 0.7123), ("sdcnv3", 0.6987)):
@@ -129,8 +147,10 @@ def test_the_page_and_the_terminal_have_every_figure(project, capsys, monkeypatc
     for text in (page.text, table):
         for figure in ("0.7123", "0.6987", "0.0200", "0.4321", "0.0123", "45,678", "0.6543", "0.8271", "0.3111",
                        "champion v0.0.4", "oracle", "9,000, 20.0% clicked", "2026-10-01 to 2026-10-06",
-                       "1 of 2; warning: events.label (x)", "train 6,000, valid 1,500, test 1,500; 31 bytes each",
-                       "latency p50 3.2 ms, p99 9.9 ms", "12.3", "4,567", "ctr-ranker:qin-0123",
+                       "1 of 2", "events.is_first", "no impression is there twice", "warning", "observed 0.5",
+                       "1,234 no such user",
+                       "train 6,000, valid 1,500, test 1,500; 31 bytes each",
+                       "latency p50 3.2 ms, p99 9.9 ms", "12.3 s", "4,567 MiB", "ctr-ranker:qin-0123",
                        "qin passes <b>all</b> rules & more"):  # fmt: skip
             assert figure in text, figure
     assert "gate: approve qin" in table
@@ -177,12 +197,62 @@ def test_a_run_that_got_only_so_far_has_a_report(project, parts, capsys) -> None
         project.evaluated("sdcnv3", 0.6987)  # its training figures are not here: pulled, or dropped
     page, said = page_of(project), capsys.readouterr().out
     assert "2026-10-06" in page.text and "2026-10-06" in said
+    assert ("0.6789" in page.text) == ("0.6789" in said) == (parts == 1)  # the valid AUC, until there is a test AUC
     assert ("0.7123" in page.text) == ("0.7123" in said) == (parts >= 2)
     assert ("0.6987" in page.text) == (parts >= 3)
-    assert page.tags.count("svg") == (0 if parts < 2 else 4)
+    assert page.tags.count("svg") == (0, 1, 4, 4)[parts]
 
 
-def test_nothing_run_is_told(project) -> None:
-    with pytest.raises(ValueError, match="no stage has written anything yet; run `dvc repro`"):
-        report.run(project.root, project.root / "out" / "report.html")
-    assert not (project.root / "out").exists()
+def test_nothing_run_has_a_page(project, capsys) -> None:
+    page, said = page_of(project), capsys.readouterr().out
+    assert "No stage has a result yet. Run dvc repro ." in page.text
+    assert "No stage has a result yet; run `dvc repro`" in said
+    assert "table" not in page.tags and "svg" not in page.tags
+
+
+def test_data_that_break_a_rule(project, capsys, monkeypatch) -> None:
+    """The page says where the run stopped and why, and shows nothing of an earlier run as if it were of this one."""
+    monkeypatch.setenv("COLUMNS", "250")
+    project.everything()
+    project.validated(WARNS, STOPS)
+    page, said = page_of(project), capsys.readouterr().out
+    table = " ".join(re.sub(r"[^\x00-\x7f]", " ", said).split())
+    for text in (page.text, table):
+        for figure in ("the data break 1 of 3 rules", "events.label a label is 0 or 1 stops the run 12,345",
+                       "row 7, label 9, note [bold]xxx", "events.is_first", "9,000, 20.0% clicked"):  # fmt: skip
+            assert figure in text, figure
+        for figure in ("0.7123", "0.6987", "passes", "Bento", "45,678", "train 6,000", "latency"):
+            assert figure not in text, figure
+        assert "x" * 300 not in text
+    assert "stopped at validate" in page.text and "stopped at validate:" in said
+    assert page.text.index("events.label") < page.text.index("events.is_first")  # what stops comes first
+    assert "svg" not in page.tags
+
+
+def test_a_training_that_failed(project, capsys) -> None:
+    project.everything()
+    error = {"seconds": 3.2, "peak_mib": 800, "error": "qin: the loss of epoch 2 is [nan]; lower train.qin.lr"}
+    project.write(".scratch/stages/train@qin.json", error)
+    project.write("checkpoints/sdcnv3/config.json", {})
+    shutil.rmtree(project.root / "checkpoints/qin")  # as DVC does before it runs a stage
+    (project.root / "artifacts/train/qin.json").unlink()
+    page, said = page_of(project), capsys.readouterr().out
+    for text in (page.text, said):
+        assert "stopped at train@qin" in text and error["error"] in text
+        assert "passes" not in text and "0.7123" not in text  # of an earlier run
+        assert "0.6987" in text  # the other model's are of this data
+    assert "train@qin failed 3.2 s 800 MiB" in page.text
+    project.trained("qin")  # it went well the next time, or DVC's cache had it
+    assert "stopped" not in page_of(project).text
+
+
+def test_figures_of_other_data_are_left_out(project) -> None:
+    project.everything()
+    dataset = json.loads((project.root / "data/dataset/dataset.json").read_text())
+    project.write("data/dataset/dataset.json", {**dataset, "data_sha256": "new"})
+    for path in ("artifacts/evaluate/qin/evaluation.json", "artifacts/gate/decision.json"):
+        content = json.loads((project.root / path).read_text())
+        project.write(path, {**content, "data_sha256": "old"})
+    project.write("checkpoints/qin/config.json", {"facts": {"data_sha256": "old"}})
+    text = page_of(project).text
+    assert "0.7123" not in text and "passes" not in text and "Bento" not in text and "0.6987" in text

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from components.common.artifacts import write_json
-from components.common.config import load
 from components.release import gate
 from components.release.gate import GateConfig
 from models.checkpoint import checkpoint_hash
@@ -106,7 +105,7 @@ def test_the_first_run_is_judged_by_absolute_thresholds(run) -> None:
         "calibration_error": (0.02, "<=", 0.05), "logloss_ratio": (0.5 / 0.52, "<=", 1.0),
     }  # fmt: skip
     assert decision["reasons"] == [
-        "no champion yet: absolute thresholds alone",
+        "there is no champion yet: only the absolute thresholds are judged",
         "qin passes all 5 rules with AUC 0.7000, the highest AUC of those that pass",
     ]
 
@@ -151,7 +150,7 @@ def test_the_reason_says_what_is_not_measurable_and_what_to_do(run) -> None:
     run.add("qin", group_auc=None)
     assert run()["reasons"][1] == (
         "qin fails 1 of 5 rules: group_auc cannot be measured: no user of the test days has both a click and a row "
-        "without one; where that is as it should be, set gate.min_group_auc to null"
+        "without one; if your data are like this, set gate.min_group_auc to null"
     )
 
 
@@ -165,14 +164,14 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_null_leaves_a_rule_out_and_is_told(run, limit) -> None:
+def test_null_leaves_a_rule_out_and_the_decision_says_so(run, limit) -> None:
     beyond, rule = LIMITS[limit]
     run.add("qin", **beyond)
     assert broken(run()) == [rule]
     decision = run(replace(CONFIG, **{limit: None}))
     assert decision["verdict"] == "approve"
     assert [r["rule"] for r in decision["candidates"]["qin"]["rules"] if r["rule"] == rule] == []
-    assert decision["reasons"][1] == f"left out, for they are null in params.yaml: gate.{limit}"
+    assert decision["reasons"][1] == f"not judged, because they are null in params.yaml: gate.{limit}"
     assert decision["reasons"][2].startswith("qin passes all 4 rules")
 
 
@@ -263,7 +262,7 @@ def test_another_champion_than_now_is_refused(run) -> None:
 
 
 def test_nothing_evaluated_is_no_verdict(run) -> None:
-    with pytest.raises(ValueError, match=r"evaluate: no model is evaluated; run `dvc repro evaluate`"):
+    with pytest.raises(ValueError, match=r"evaluate holds no evaluation; run `dvc repro evaluate`"):
         run()
 
 
@@ -274,5 +273,26 @@ def test_a_bad_value_is_named(key, value) -> None:
         replace(CONFIG, **{key: value})
 
 
-def test_the_projects_params_fit() -> None:
-    load(Path(__file__).resolve().parents[3] / "params.yaml", "gate", GateConfig)
+def test_figures_are_readable(run) -> None:
+    assert [gate.number(n) for n in (123456, 0.61234, 1.0)] == ["123,456", "0.6123", "1"]
+    assert gate.number(0.5999999, 0.6) == "0.5999999"  # 0.6 is not >= 0.6 would help nobody
+    run.add("qin", rows=9_999)
+    assert "test_rows 9,999 is not >= 10,000" in run(replace(CONFIG, min_test_rows=10_000))["reasons"][1]
+
+
+def test_the_summary_is_the_verdict_in_words(run) -> None:
+    run.add("qin")
+    run.add("sdcnv3", auc=0.5)
+    assert gate.summary(run(replace(CONFIG, min_group_auc=None))) == {
+        "verdict": "approved: qin",
+        "champion": "none yet: only the absolute thresholds are judged",
+        "not judged": "gate.min_group_auc (null)",
+        "qin": "passes all 4 rules with AUC 0.7000",
+        "sdcnv3": "fails 1 of 4 rules: auc 0.5 is not >= 0.6",
+    }
+    run.champion(POINTER)
+    for model in ("qin", "sdcnv3"):
+        run.add(model, auc=0.5, champion=measured())
+    found = gate.summary(run())
+    assert found["verdict"] == "rejected: no model passes, so nothing ships"
+    assert found["champion"] == "v0.0.3" and found["qin"].startswith("fails 2 of 7 rules: auc 0.5 is not >= 0.6; auc")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from bento import ITEM_STATE, SERVING
 from bento.scorer import Scorer
-from components.common.config import load
 from components.release import package
 from components.release.package import PackageConfig
 from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash, save
@@ -34,7 +33,7 @@ def world(tmp_path: Path) -> World:
 
 def run(world: World, config: PackageConfig = CONFIG) -> dict:
     output = world.root / "package"
-    return package.run(config, world.decision, world.checkpoints, world.dataset, world.features, output)
+    return package.run(config, world.decision, world.checkpoints, world.dataset, world.features, world.repo, output)
 
 
 @pytest.fixture
@@ -45,10 +44,6 @@ def no_bento(monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(model, output)
 
     monkeypatch.setattr(package, "build_bento", keep)
-
-
-def test_the_projects_params_fit() -> None:
-    load(Path(__file__).parents[3] / "params.yaml", "package", PackageConfig)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +70,16 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
     assert (bento["name"], bento["version"]) == ("ctr-ranker", built["version"])
     assert bento["services"][0]["models"][0]["tag"] == f"ranker:{built['version']}"
     code = {str(file.relative_to(folder / "bento" / "src")) for file in (folder / "bento" / "src").rglob("*.py")}
-    assert {"bento/service.py", "models/families.py"} <= code
-    assert {path.split("/")[0] for path in code} == {"bento", "models"}
+    assert {
+        str(f.relative_to(package.CODE)) for part in ("bento", "models") for f in (package.CODE / part).rglob("*.py")
+    } == code
     model = folder / "bento" / "models" / "ranker" / built["version"]
     assert {file.name for file in model.iterdir()} == {*CHECKPOINT_FILES, ITEM_STATE, SERVING, "model.yaml"}
     assert yaml.safe_load((model / "model.yaml").read_text())["metadata"]["data_sha256"] == built["data_sha256"]
     assert json.loads((model / SERVING).read_text()) == {"version": built["version"], "max_candidates": 25}
     requirements = (folder / "bento" / "env" / "python" / "requirements.txt").read_text().split()
+    assert sorted(requirements) == sorted(built["packages"])
+    assert package.summary(built)["Bento"] == built["tag"] and "MiB of it the model" in package.summary(built)["size"]
     assert all("==" in line and "+" not in line for line in requirements)
     assert {line.split("==")[0] for line in requirements} >= {"torch", "safetensors", "bentoml", "feast[duckdb,redis]"}
     text = "".join(file.read_text() for file in folder.rglob("*") if file.suffix in (".yaml", ".json", ".md", ".txt"))
@@ -188,10 +186,35 @@ def test_the_version_follows_the_bytes(world: World, monkeypatch: pytest.MonkeyP
     assert run(world)["version"] not in (first, second)
 
 
+@pytest.mark.usefixtures("no_bento")
+def test_an_upgrade_or_another_feature_repo_is_another_version(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `promote` would say that the champion serves already what was built with other packages."""
+    first = run(world)
+    named = {line.split("==")[0].split("[")[0] for line in first["packages"]}
+    assert named >= {"torch", "feast", "bentoml", "safetensors", "pydantic"}
+    found = {first["version"]}
+    for name in named:
+        with monkeypatch.context() as patch:
+            upgraded = [f"{line}.1" if line.startswith(name) else line for line in first["packages"]]
+            patch.setattr(package, "requirements", lambda upgraded=upgraded: upgraded)
+            found.add(run(world)["version"])
+    assert len(found) == 1 + len(named)
+    (world.repo / "__pycache__").mkdir()
+    (world.repo / "__pycache__" / "definitions.pyc").write_bytes(b"x")
+    assert run(world) == first
+    with (world.repo / "definitions.py").open("a") as opened:
+        opened.write("# another time to live\n")
+    changed = run(world)
+    assert changed["version"] not in found
+    assert changed["feature_repo_sha256"] != first["feature_repo_sha256"]
+
+
 def test_a_rejection_builds_nothing(world: World) -> None:
     (world.root / "package" / "bento").mkdir(parents=True)  # yesterday's
     world.decision.write_text(json.dumps({"verdict": "reject", "model": None, "reasons": ["auc 0.5 < 0.6"]}))
-    assert run(world) == {"built": False, "reason": ["auc 0.5 < 0.6"]}
+    found = run(world)
+    assert found == {"built": False, "reason": ["auc 0.5 < 0.6"]}
+    assert package.summary(found) == {"Bento": "none: the gate rejected", "reasons": "auc 0.5 < 0.6"}
     assert [file.name for file in (world.root / "package").iterdir()] == ["package.json"]
 
 

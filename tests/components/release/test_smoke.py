@@ -1,33 +1,56 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import yaml
 
-from components.common.config import load
-from components.release import package, smoke
-from components.release.smoke import Served, SmokeConfig
+from components.release import package, server, smoke
+from components.release.server import Served
+from components.release.smoke import SmokeConfig
 from tests.bento.world import ITEM_IDS, USER_IDS, World, make_store, make_world
 
+PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = SmokeConfig(tolerance=1e-5, latency_requests=5, latency_candidates=20)
 
 
-def servers() -> list[psutil.Process]:
-    """Every process that serves a Bento of these tests, whatever its session or parent."""
-    found = []
+MARK = "CLICKLOOP_SMOKE_TEST"  # in the environment of every process that these tests start, and of its children
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mark() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, str(os.getpid()))
+        yield
+
+
+def started() -> set[psutil.Process]:
+    """Every running process that these tests have started, whatever its session or parent. BentoML's supervisor
+    writes its title over its environment: it is found as a child of the guard."""
+    found: set[psutil.Process] = set()
     for process in psutil.process_iter():
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if "bentoml" in command and "clickloop-smoke-test" in command:
-            found.append(process)
-    return found
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(os.getpid()):
+                found |= {process, *process.children(recursive=True)}
+    return {process for process in found if runs(process)}
+
+
+def runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +58,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("clickloop-smoke-test"))
     config = package.PackageConfig(name="ctr-ranker", max_candidates=25, golden_requests=10)
     output = world.root / "package"
-    package.run(config, world.decision, world.checkpoints, world.dataset, world.features, output)
+    package.run(config, world.decision, world.checkpoints, world.dataset, world.features, world.repo, output)
     return world
-
-
-def test_the_projects_params_fit() -> None:
-    load(Path(__file__).parents[3] / "params.yaml", "smoke", SmokeConfig)
 
 
 @pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"latency_requests": 0}, {"latency_candidates": 0}])
@@ -53,6 +72,7 @@ def test_nothing_built_is_nothing_served(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text(json.dumps({"built": False, "reason": ["auc"]}))
     found = smoke.run(CONFIG, tmp_path, tmp_path, tmp_path / "smoke.json")
     assert found == {"served": False, "reason": ["auc"]}
+    assert smoke.summary(found) == {"served": "nothing: the gate rejected", "reasons": "auc"}
     assert json.loads((tmp_path / "smoke.json").read_text()) == found
 
 
@@ -110,23 +130,24 @@ def test_smoke_serves_the_bento_with_its_store(world: World) -> None:
     assert found["golden"]["max_abs_error"] <= 1e-5
     assert set(found["refused"].values()) <= {400, 413}
     assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p99"]
+    assert smoke.summary(found)["served"].startswith(found["tag"])
     assert found["memory_mib"] > 100  # torch alone is more: the workers were seen, not just the supervisor
-    assert not servers()
+    assert not started()
 
 
 @pytest.mark.slow
 def test_without_a_store_it_answers_degraded(world: World) -> None:
     golden = json.loads((world.root / "package" / "golden.json").read_text())
-    server = Served(world.root / "package" / "bento", None, world.root / "server.log")
-    with server.running(), server.client() as client:
+    served = Served(world.root / "package" / "bento", None, world.root / "server.log")
+    with served.running(), served.client() as client:
         answer = client.post("/rank", json={"user_id": USER_IDS[0], "candidates": ITEM_IDS[:5]}).json()
         assert answer["degraded"] == ["store_unavailable", "missing_context"]
         assert sorted(answer["items"]) == ITEM_IDS[:5]
-        open_ports = [c for p in server.processes.values() for c in p.net_connections("tcp") if c.status == "LISTEN"]
+        open_ports = [c for p in served.processes() for c in p.net_connections("tcp") if c.status == "LISTEN"]
         assert {opened.laddr.ip for opened in open_ports} == {"127.0.0.1"}
         with pytest.raises(ValueError, match=r"golden request 0 .*degraded"):  # smoke would not let this pass
             smoke.check_golden(client, golden, answer["version"], 1e-5)
-    assert not servers()
+    assert not started()
 
 
 @pytest.mark.slow
@@ -135,9 +156,63 @@ def test_a_damaged_bento_does_not_get_ready(world: World) -> None:
     shutil.copytree(world.root / "package" / "bento", bento)
     (weights,) = bento.glob("models/ranker/*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    server = Served(bento, None, world.root / "server.log")
+    served = Served(bento, None, world.root / "server.log")
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=r"(?s)cannot start.*sha256"), server.running():
+    with pytest.raises(ValueError, match=r"(?s)cannot start.*sha256"), served.running():
         pass
-    assert time.monotonic() - begin < smoke.READY_SECONDS / 2
-    assert not servers()
+    assert time.monotonic() - begin < server.READY_SECONDS / 2
+    assert not started()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_smoke_leaves_no_server(world: World, tmp_path: Path, number: signal.Signals) -> None:
+    """The command that production runs, killed once its server has a worker."""
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump({"smoke": asdict(CONFIG)}))
+    paths = {"package": world.root / "package", "repo": tmp_path, "output": tmp_path / "smoke.json", "params": params}
+    words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    log = tmp_path / "smoke.log"
+    with log.open("wb") as opened:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "components", "smoke", *words], cwd=PROJECT, stdout=opened, stderr=opened
+        )
+    try:
+        wait_until(lambda: len(started()) > 3 or command.poll() is not None)  # smoke, guard, supervisor, worker
+        assert command.poll() is None, log.read_text()
+        family = started()
+        command.send_signal(number)
+        assert command.wait() in (143, -number)
+        wait_until(lambda: not started() and not any(map(runs, family)))
+    finally:
+        command.kill()
+        command.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+TREE = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = "import time; print('child', flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+time.sleep(600)
+"""
+
+
+def test_what_does_not_stop_is_killed_with_its_children(tmp_path: Path) -> None:
+    """A server that ignores SIGTERM, with a child in a session of its own."""
+    code = f"import components.release.server as s; s.STOP_SECONDS = 0.5; s.guard([{sys.executable!r}, '-c', {TREE!r}])"
+    words = [sys.executable, "-c", f"import sys; {code.replace('s.guard', 'sys.exit(s.guard')})"]
+    guard = subprocess.Popen(words, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert guard.stdout and guard.stdout.readline() == b"child\n"
+    assert len(started()) == 3
+    _, said = guard.communicate()  # closes its standard input
+    assert guard.returncode == server.LEFT_RUNNING
+    assert said.count(b"still running, killed") == 2
+    assert not started()
