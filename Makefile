@@ -61,15 +61,19 @@ airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (
 	python components/operations/local_airflow.py
 
 # torch brings the CUDA packages of its own build: the lock names none, so that a CPU build brings none.
+# TORCH_CPU is the hash of PyTorch's own CPU wheel for this version (Linux x86-64, Python 3.11), which PyPI does not have:
+# sha256sum of the file that https://download.pytorch.org/whl/cpu/torch/ lists. Change it with the version of torch.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin changes only where it must)
-	uv pip compile -q pyproject.toml --group dev --python-version 3.11 --no-annotate --no-header --no-emit-index-url -o requirements.lock && sed -i -E 's/\+cpu$$//; /^(cuda-|triton=|nvidia-(cu|nc|nv))/d' requirements.lock
+	uv pip compile -q pyproject.toml --group dev --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url -o requirements.lock
+	sed -i -E '/^(cuda-|triton=|nvidia-(cu|nc|nv))/,/[^\\]$$/d; /$(TORCH_CPU)/d; s/^torch==.*/&\n    --hash=sha256:$(TORCH_CPU) \\/' requirements.lock
 
 clean:  ## drop what can be made again: outputs, caches, Airflow's state (not .venv, not DVC's cache)
 	rm -rf data checkpoints artifacts .scratch .airflow .mypy_cache .pytest_cache .ruff_cache dvc_plots
 
-# pip fetches uv, uv the rest: seconds in place of minutes. uv does not read pip's find-links, where a CPU build of
-# torch may lie; without one, torch comes from the registry with CUDA.
+# pip fetches uv, uv the rest: seconds in place of minutes. Both check every hash that the lock has. uv does not read
+# pip's find-links, where a CPU build of torch may lie; without one, torch comes from the registry with CUDA.
 .venv: requirements.lock
-	python3 -m venv .venv && .venv/bin/python -m pip install -q "$$(grep '^uv==' requirements.lock)"
-	UV_FIND_LINKS="$(PIP_LINKS)" .venv/bin/uv pip install -q --python .venv/bin/python --compile-bytecode -r requirements.lock
+	python3 -m venv .venv && .venv/bin/python -m pip install -q --require-hashes -r <(sed -n '/^uv==/,/[^\\]$$/p' requirements.lock)
+	UV_FIND_LINKS="$(PIP_LINKS)" .venv/bin/uv pip install -q --python .venv/bin/python --compile-bytecode --verify-hashes -r requirements.lock
 	touch .venv
