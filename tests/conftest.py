@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from tests.parts import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401  (hooks: what a test needs)
+
 STATUS = pytest.StashKey[int]()
 SOURCE = Path(__file__).resolve().parents[1]
 

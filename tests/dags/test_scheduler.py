@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,13 +17,12 @@ import httpx
 import psutil
 import pytest
 
+from tests.parts import need
+
 if TYPE_CHECKING:
     from tests.conftest import Project
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("make") is None, reason="Airflow is started as a user starts it: by make"),
-]
+pytestmark = pytest.mark.slow
 
 MODELS = ("qin", "sdcnv3")
 START_SECONDS, RUN_SECONDS, STOP_SECONDS = 300, 900, 180
@@ -93,6 +91,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def project(new_project: Callable[[str], Project]) -> Project:
     """Of weights that no other test has trained: from train on, every stage runs and none is restored."""
+    need("make")
     copy = new_project("scheduler")
     copy.set_params({f"train.{model}.seed": 11 for model in MODELS})
     return copy

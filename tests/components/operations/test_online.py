@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import socket
@@ -41,6 +40,7 @@ from tests.components.small_world import (
     prepare,
     with_column,
 )
+from tests.parts import need
 
 REDIS = """online_store:
   type: redis
@@ -52,15 +52,13 @@ REDIS = """online_store:
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a Redis of this module's own."""
-    binary = shutil.which("redis-server")
-    if binary is None or importlib.util.find_spec("redis") is None:
-        pytest.skip("needs redis-server (Debian: apt-get install redis-server) and Python's redis")
+    need("redis")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("redis")
     words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    server = subprocess.Popen([binary, *words], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL)
     try:
         import redis
 

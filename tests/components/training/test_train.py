@@ -580,7 +580,6 @@ def test_a_compiled_model_learns_the_same(run, config, dropless, model) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkeypatch, model) -> None:
     """Without dropout: other masks alone move these AUCs by 0.05."""
@@ -595,7 +594,6 @@ def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_a_gpu_goes_on_where_it_was_killed(run, config, dropless, monkeypatch, capsys) -> None:
     """The optimizer that is loaded has another tensor for its rate: the graph is recorded after that."""
     asked, real, calls = config(network=dropless["qin"], device="cuda", compile=True), Step.__call__, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 
@@ -14,12 +13,12 @@ from models import sdcnv3
 from models.kernels import choice, cross_step
 from models.schema import Part
 from models.sdcnv3 import CrossLayer, SDCNv3Config
+from tests.parts import need
 
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler here")
+    need("compiler")
     assert choice.runs("cross_step", torch.float32) == "c"
 
 
