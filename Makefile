@@ -33,8 +33,11 @@ help:  ## what can be done here
 demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens RAW=path for real ratings)
 	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && dvc repro && python -m components report
 
-test: .venv  ## lint, types, and every test that a machine without a GPU can run
-	ruff check . && ruff format --check . && mypy && OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
+lint: .venv  ## style, types and layers: what a commit must pass
+	ruff check . && ruff format --check . && mypy && lint-imports
+
+test: lint  ## lint, and every test that a machine without a GPU can run, with the lines that no test reached
+	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile --cov
 
 docs: .venv  ## the documentation, checked and built into site/ (open site/index.html)
 	python docs/hooks/prose.py *.md docs && NO_MKDOCS_2_WARNING=1 mkdocs build --strict
