@@ -18,6 +18,10 @@ export AIRFLOW__CORE__DAGS_FOLDER := $(CURDIR)/dags
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION := False
 export AIRFLOW__CORE__PARALLELISM := 4
+# Airflow's own 5, 30 and 50 seconds are too short for a machine that trains models at the same time.
+export AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT := 60
+export AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT := 300
+export AIRFLOW__DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT := 600
 export AIRFLOW__API__HOST := 127.0.0.1
 export AIRFLOW__API__PORT := 8080
 export AIRFLOW__CORE__EXECUTION_API_SERVER_URL = http://127.0.0.1:$(AIRFLOW__API__PORT)/execution/

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 MODELS = ("qin", "sdcnv3")
-START_SECONDS, RUN_SECONDS, STOP_SECONDS = 300, 900, 180
+START_SECONDS, RUN_SECONDS, STOP_SECONDS = 900, 2700, 600
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def airflow(project: Project) -> Iterator[Airflow]:
         process = subprocess.Popen(
             command, cwd=project.root, env=project.env, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True
         )
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False)
     started = Airflow(project, process, client, output)
     try:
         started.wait("Airflow is ready", lambda: "Airflow is ready" in output.read_text(), START_SECONDS)

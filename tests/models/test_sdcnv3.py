@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
@@ -95,7 +95,7 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
     compare(world, SDCNv3Config(**SMALL, **STILL), shaken, training=True)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world=random_worlds(fields=1),
     seed=st.integers(0, 99),

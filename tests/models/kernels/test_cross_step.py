@@ -166,7 +166,7 @@ def test_a_forked_process_has_threads_of_its_own(threads):
     if (child := os.fork()) == 0:
         made(*inputs, 0.0, None)
         os._exit(0)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.05)
     if ended == (0, 0):
