@@ -72,7 +72,7 @@ airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (
 # sha256sum of the file that https://download.pytorch.org/whl/cpu/torch/ lists. Change it with the version of torch.
 TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin changes only where it must)
-	uv pip compile -q pyproject.toml --group dev --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url -o requirements.lock
+	uv pip compile -q pyproject.toml --group dev --group docs --python-version 3.11 --generate-hashes --no-annotate --no-header --no-emit-index-url -o requirements.lock
 	sed -i -E '/^(cuda-|triton=|nvidia-(cu|nc|nv))/,/[^\\]$$/d; /$(TORCH_CPU)/d; s/^torch==.*/&\n    --hash=sha256:$(TORCH_CPU) \\/' requirements.lock
 
 clean:  ## drop what can be made again: outputs, caches, Airflow's state (not .venv, not DVC's cache)
