@@ -76,7 +76,7 @@ lock: .venv  ## resolve pyproject.toml into requirements.lock again (a pin chang
 	sed -i -E '/^(cuda-|triton=|nvidia-(cu|nc|nv))/,/[^\\]$$/d; /$(TORCH_CPU)/d; s/^torch==.*/&\n    --hash=sha256:$(TORCH_CPU) \\/' requirements.lock
 
 clean:  ## drop what can be made again: outputs, caches, Airflow's state (not .venv, not DVC's cache)
-	rm -rf data checkpoints artifacts .scratch .airflow .mypy_cache .pytest_cache .ruff_cache dvc_plots
+	rm -rf data checkpoints artifacts .scratch .airflow .mypy_cache .pytest_cache .ruff_cache .coverage dvc_plots
 
 # pip fetches uv, uv the rest: seconds in place of minutes. Both check every hash that the lock has. uv does not read
 # pip's find-links, where a CPU build of torch may lie; without one, torch comes from the registry with CUDA.
