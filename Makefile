@@ -37,8 +37,8 @@ help:  ## what can be done here
 demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens RAW=path for real ratings)
 	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && dvc repro && python -m components report
 
-lint: .venv  ## style, types and layers: what a commit must pass
-	ruff check . && ruff format --check . && mypy && lint-imports
+lint: .venv  ## style, types, layers and prose: what a commit must pass
+	ruff check . && ruff format --check . && mypy && lint-imports && python docs/hooks/prose.py *.md docs
 
 # Coverage costs Python 3.11 a fifth to two fifths of the CPU time: CI prints it, and `make test COV=--cov`.
 COV ?= $(if $(CI),--cov)
