@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from tests.parts import pytest_runtest_setup, pytest_terminal_summary  # noqa: F401  (hooks: what a test needs)
+
 STATUS = pytest.StashKey[int]()
 SOURCE = Path(__file__).resolve().parents[1]
 
@@ -73,7 +75,7 @@ class Project:
             section[key] = value
         yaml.dump(params, file)
 
-    def python(self, *arguments: str, seconds: float = 900, code: int | None = 0) -> str:
+    def python(self, *arguments: str, seconds: float = 2700, code: int | None = 0) -> str:
         """Run `python ARGUMENTS` in the copy as production does. Returns stdout and stderr together.
 
         Fails the test, with the end of the output, on another exit code than `code` (None: any) and after `seconds`.

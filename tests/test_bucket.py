@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -18,12 +17,12 @@ from PIL import Image
 
 from components.common.artifacts import folder_hash
 from components.common.contracts import Canonical
+from tests.parts import need
 
 if TYPE_CHECKING:
     from tests.conftest import Project
 
 pytestmark = pytest.mark.slow
-NEEDED = ("s3fs", "dvc_s3", "moto", "flask", "flask_cors")
 KEYS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 ROWS, ITEMS, DAY_SECONDS = 400, 20, 86_400
 
@@ -31,8 +30,7 @@ ROWS, ITEMS, DAY_SECONDS = 400, 20, 86_400
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
     """A client of the server, with the empty buckets `clicks` and `store`."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"no {', '.join(missing)}: uv pip install -r pyproject.toml --extra s3 --group s3")
+    need("s3")
     import boto3
     from moto.server import ThreadedMotoServer
 

@@ -144,20 +144,22 @@ def test_make_serve_answers(project) -> None:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             try:
-                answer = httpx.post(f"http://127.0.0.1:{port}/rank", json=request, timeout=10)
-                break
+                answer = httpx.post(f"http://127.0.0.1:{port}/rank", json=request, timeout=60)
+                if "store_unavailable" not in answer.text:  # on a busy machine the store may be late
+                    break
             except httpx.TransportError:
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.2)
+                pass
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
         assert answer.status_code == 200, answer.text
         assert sorted(answer.json()["items"]) == sorted(request["candidates"])
         assert answer.json()["degraded"] == read(project, "artifacts/package/golden.json")[0]["degraded"]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        server.wait(300)
 
 
 def test_what_is_pushed_can_be_pulled_elsewhere(project, tmp_path) -> None:
@@ -201,10 +203,10 @@ def test_a_killed_run_is_finished_by_the_next(project) -> None:
             command, cwd=project.root, env=project.env, stdout=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not state.exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert process.poll() is None, "it ended before it could be killed"
+            assert state.exists() and process.poll() is None, "it ended before it could be killed"
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

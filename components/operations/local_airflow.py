@@ -29,7 +29,7 @@ PARTS = {  # in the order in which they stop: tasks report to the API server how
     "api-server": [],
 }
 TRAINING_SLOTS = 2  # of the pool `gpu`: both models at the same time
-READY_SECONDS, STOP_SECONDS = 300, 60
+READY_SECONDS, STOP_SECONDS = 900, 60  # a busy machine takes minutes to start
 
 
 def run() -> None:

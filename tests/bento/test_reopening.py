@@ -68,7 +68,7 @@ def test_a_server_started_while_the_stage_is_at_work(world: World, caplog: pytes
     drop_stores(world)
     fetch = feast_reader(str(repo))
     assert any(f"opened once `features` has written {repo}" in message for message in caplog.messages)
-    online = OnlineFeatures(fetch, timeout=30)
+    online = OnlineFeatures(fetch, timeout=600)
     assert online.read(USER).reason == "store_unavailable"
     end_run(world)  # as `dvc checkout` may bring it before the rest
     assert online.read(USER).reason == "store_unavailable"
@@ -91,7 +91,7 @@ def test_a_store_that_comes_up_after_the_server_is_tried_again(
     repo = make_store(world)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureStore, "get_online_features", unreachable)
-        online = OnlineFeatures(feast_reader(str(repo)), timeout=30)
+        online = OnlineFeatures(feast_reader(str(repo)), timeout=600)
         for _ in range(3):
             assert online.read(USER).reason == "store_unavailable"
         assert sum("cannot be opened" in message for message in caplog.messages) == 1

@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +55,7 @@ def client(model: Path, fetched: dict[str, Any]) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(service.CtrRanker.inner, "model", SimpleNamespace(path=str(model)))
         patch.setattr(service, "feast_reader", lambda repo: lambda user: fetched["by"](user))
+        patch.setattr(service, "STORE_TIMEOUT", 5.0)  # on a busy machine a thread may wait for its turn
         with TestClient(service.CtrRanker.to_asgi(), raise_server_exceptions=False) as opened:
             yield opened
 
@@ -115,19 +115,19 @@ def test_says_what_it_did_without(client: TestClient, scorer: Scorer) -> None:
 
 @pytest.mark.parametrize("broken", ["raises", "hangs"])
 def test_a_broken_store_degrades_in_time(client: TestClient, fetched: dict[str, Any], broken: str) -> None:
-    healthy, release = fetched["by"], threading.Event()
+    healthy, release, waited = fetched["by"], threading.Event(), []
 
     def fail(user: int) -> dict[str, Any]:
         if broken == "raises":
             raise ConnectionError("no store")
-        release.wait(30)
+        if not release.wait(120):
+            waited.append(user)
         return {}
 
     fetched["by"] = fail
     try:
-        begin = time.monotonic()
         answer = ask(client)
-        assert time.monotonic() - begin < 5 * service.STORE_TIMEOUT
+        assert not waited  # the answer came while the store still hung
         assert answer["degraded"] == ["store_unavailable"]
         assert len(answer["items"]) == len(ITEM_IDS)
     finally:
@@ -196,23 +196,22 @@ def test_a_model_that_scores_nan_does_not_get_ready(model: Path, monkeypatch: py
 
 
 def test_hung_reads_hold_no_more_than_their_threads() -> None:
-    release, calls = threading.Event(), []
+    release, calls, waited = threading.Event(), [], []
 
     def hang(user: int) -> dict[str, Any]:
         calls.append(user)
-        release.wait(30)
+        if not release.wait(120):
+            waited.append(user)
         return {"history": [1], "gender": "f"}
 
     online = OnlineFeatures(hang, timeout=0.02)
     try:
-        begin = time.monotonic()
         rows = [online.read(user) for user in range(3 * THREADS)]
-        assert time.monotonic() - begin < 3 * THREADS * 0.02 + 2
+        assert not waited  # all reads ended while the store still hung
         assert {row.reason for row in rows} == {"store_unavailable"}
-        assert len(calls) == THREADS
     finally:
         release.set()
-    time.sleep(0.1)
+    online._timeout = 600.0
     assert online.read(1).history == [1]
     assert len(calls) == THREADS + 1  # what timed out did not queue up behind the hung ones
 

@@ -9,10 +9,7 @@ from models.families import build
 from models.layers import distinct_rows, keep_mask
 from models.schema import Batch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("family", ["qin", "sdcnv3"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
@@ -73,7 +73,7 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
     compare(world, QINConfig(**SMALL, dropout=0.0), shaken, training=True)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world=random_worlds(fields=0),
     seed=st.integers(0, 99),
@@ -116,7 +116,7 @@ def test_attention_leaves_masked_positions_out_whatever_they_hold():
     assert not torch.allclose(found_BM, attention(target_BM, item_UM, index_BL, torch.ones_like(real_BL)))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.integers(1, 6), items=st.integers(1, 8), width=st.integers(1, 9), length=st.integers(1, 5),
     seed=st.integers(0, 99),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
@@ -13,6 +13,7 @@ from models.schema import Feature, Schema
 from models.sdcnv3 import SDCNv3, SDCNv3Config
 from tests.models.conftest import published_form, random_worlds, same_gradients
 from tests.models.published import sdcnv3 as published_sdcnv3
+from tests.parts import need
 
 SMALL = {"dim": 4, "deep_layers": 2, "shallow_layers": 3}
 STILL = {"deep_dropout": 0.0, "shallow_dropout": 0.0}
@@ -81,8 +82,8 @@ def test_equals_the_published_form_on_every_kind_of_schema(make_world, shaken, o
 def test_equals_the_published_form_in_float32(make_world, shaken, monkeypatch, path):
     if path == "training without C":
         monkeypatch.setattr(choice, "runs", lambda kernel, kind: "torch")
-    elif path == "training" and choice.runs("cross_step", torch.float32) == "torch":
-        pytest.skip("no C compiler here")
+    elif path == "training":
+        need("compiler")
     world, training = make_world(rows=40, dtype=torch.float32), path != "evaluation"
     compare(world, SDCNv3Config(**SMALL), shaken, training=training, dtype=torch.float32, tolerance=1e-5)
 
@@ -94,7 +95,7 @@ def test_equals_the_published_form_where_no_row_has_a_history(make_world, shaken
     compare(world, SDCNv3Config(**SMALL, **STILL), shaken, training=True)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world=random_worlds(fields=1),
     seed=st.integers(0, 99),

@@ -440,13 +440,12 @@ def test_a_redirect_leads_to_named_hosts_alone(tmp_path: Path) -> None:
 def test_a_server_that_says_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        patience = threading.Timer(10, server.shutdown, [socket.SHUT_RDWR])
+        patience = threading.Timer(300, server.shutdown, [socket.SHUT_RDWR])  # ends the test, if nobody leaves
         patience.start()
         place = f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
-        began = time.monotonic()
         left_out = pictures.copy(named({1: place}), str(tmp_path), tmp_path / "pictures.parquet", LOOPBACK)
+        assert patience.is_alive()
         patience.cancel()
-    assert time.monotonic() - began < 5
     assert left_out["reason"].to_pylist() == [ABSENT]
     assert "correct the path or the access to it" in pictures.describe(left_out)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.parts import need
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rook", "gambit", "orbit", "##al")
 
@@ -34,10 +35,9 @@ def sentence_model(root: Path, seed: int = 0) -> Path:
 
 def clip_model(folder: Path) -> Path:
     """A folder of open_clip: a small ResNet to 12, with BatchNorm. Skips the test where open_clip is not there."""
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:  # torchvision of another build than torch's
-        pytest.skip(f"open_clip: {error}")
+    need("open_clip")
+    import open_clip
+
     config = {
         "model_cfg": {
             "embed_dim": 12,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from components.features.dataset import DatasetConfig, point_in_time
 from components.features.store import feature_store
 from components.operations import replay
 from tests.components.small_world import FEATURES, PROJECT, SPLIT, Folders, hand_tables, prepare, with_arrivals
+from tests.parts import need
 
 pytestmark = pytest.mark.slow
 STORES = ("default", "spark")
@@ -53,8 +53,7 @@ def use_spark(repo: Path) -> None:
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Folders]]:
     """One world through `features` and `dataset`, on each store."""
-    if shutil.which("java") is None or importlib.util.find_spec("pyspark") is None:
-        pytest.skip("needs Java (Debian: apt-get install openjdk-17-jre-headless) and pyspark")
+    need("spark")
     root = tmp_path_factory.mktemp("spark")
     made = {"default": prepare(with_arrivals(hand_tables()), root / "default")}
     made["spark"] = Folders(root / "spark")

@@ -61,7 +61,7 @@ class World:
     def train(self, model: str, name: str, processes: int = 1) -> str:
         done = subprocess.run(
             self.command(model, name, processes),
-            cwd=self.root, env=self.env(), capture_output=True, text=True, check=False, timeout=180,
+            cwd=self.root, env=self.env(), capture_output=True, text=True, check=False, timeout=1800,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr

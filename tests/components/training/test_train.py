@@ -344,8 +344,8 @@ class Program:
         ]  # fmt: skip
         self.env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def signalled(self, signum: signal.Signals, after: str, seconds: float) -> tuple[int, str]:
-        """Signalled so long after the line that starts so. Returns exit code and what it said."""
+    def signalled(self, signum: signal.Signals, after: str) -> tuple[int, str]:
+        """Signalled soon after the line that starts so. Returns exit code and what it said."""
         said = ""
         with subprocess.Popen(
             self.command, cwd=self.run.root, env=self.env, stdout=subprocess.PIPE, text=True
@@ -357,7 +357,7 @@ class Program:
                     break
             else:
                 pytest.fail(f"the program ended before it said {after!r}: {said}")
-            time.sleep(seconds)
+            time.sleep(0.15)  # most often in the middle of an epoch; a busy machine may make it later
             process.send_signal(signum)
             said += process.stdout.read()
         assert not self.out.exists()
@@ -374,26 +374,28 @@ class Program:
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_program_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(run, config, signum, code) -> None:
-    asked = config(max_epochs=5, patience=5, batch_size=16)  # 98 steps an epoch
+    asked = config(max_epochs=10, patience=10, batch_size=16)  # 98 steps an epoch
     program = Program(run, asked)
-    returned, said = program.signalled(signal.Signals[signum], after="qin epoch 2:", seconds=0.15)
-    assert returned == code
-    stopped = re.search(rf"qin: stopped by {signum} in epoch 3 after step (\d+)", said)
-    assert stopped and 0 < int(stopped[1]) < 98, said
+    returned, said = program.signalled(signal.Signals[signum], after="qin epoch 2:")
+    assert returned == code, said
+    stopped = re.search(rf"qin: stopped by {signum} in epoch (\d+) after step (\d+)", said)
+    assert stopped, said
+    epoch, step = map(int, stopped.groups())
+    assert epoch > 2
     said, found = program.finish()
-    assert f"qin: continues after epoch 2, step {stopped[1]}\n" in said
-    assert "qin epoch 2:" not in said and "qin epoch 3:" in said
+    assert f"qin: continues after epoch {epoch - 1}, step {step}\n" in said
+    assert f"qin epoch {epoch - 1}:" not in said and f"qin epoch {epoch}:" in said
     assert found == run(asked, "whole")
 
 
 @pytest.mark.slow
 def test_a_killed_program_goes_on_from_its_last_epoch_to_the_same_bytes(run, config) -> None:
-    asked = config(max_epochs=5, patience=5, batch_size=16)
+    asked = config(max_epochs=10, patience=10, batch_size=16)
     program = Program(run, asked)
-    code, _ = program.signalled(signal.SIGKILL, after="qin epoch 2:", seconds=0.15)
+    code, _ = program.signalled(signal.SIGKILL, after="qin epoch 2:")
     assert code == -signal.SIGKILL
     said, found = program.finish()
-    assert re.search(r"qin: continues after epoch [2-4], step 0\n", said)
+    assert re.search(r"qin: continues after epoch [2-9], step 0\n", said)
     assert found == run(asked, "whole")
 
 
@@ -580,7 +582,6 @@ def test_a_compiled_model_learns_the_same(run, config, dropless, model) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkeypatch, model) -> None:
     """Without dropout: other masks alone move these AUCs by 0.05."""
@@ -595,7 +596,6 @@ def test_a_gpu_ranks_as_well_however_the_rows_come(run, config, dropless, monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_a_gpu_goes_on_where_it_was_killed(run, config, dropless, monkeypatch, capsys) -> None:
     """The optimizer that is loaded has another tensor for its rate: the graph is recorded after that."""
     asked, real, calls = config(network=dropless["qin"], device="cuda", compile=True), Step.__call__, 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from models.families import build
 from models.kernels import choice, cross_step
+from tests.parts import need
 
 BROKEN_COMPILERS = {  # a shell script -> what the warning says
     "echo no such target >&2; exit 3": r"cc failed with exit code 3: no such target",
@@ -60,8 +60,7 @@ def test_a_missing_compiler_is_logged_once_and_the_torch_form_gives_the_same_num
         "there is no C compiler `cc` on PATH; install gcc or clang"
     )
     monkeypatch.undo()
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler here")
+    need("compiler")
     monkeypatch.setattr(choice, "_forms", {})
     wanted = trained()
     assert choice.chosen() == {"cross_step torch.float64": "c"}
@@ -69,8 +68,7 @@ def test_a_missing_compiler_is_logged_once_and_the_torch_form_gives_the_same_num
 
 
 def test_the_fast_form_is_logged_once_for_each_dtype(caplog, trained):
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler here")
+    need("compiler")
     caplog.set_level(logging.INFO, "models")
     for dtype in (torch.float32, torch.float32, torch.float64):
         trained(dtype)

@@ -6,17 +6,16 @@ torch.compile imports it too.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
-import pytest
 import torch
 
 from models.qin import gathered_pool
+from tests.parts import need
 
 ROOT = Path(__file__).parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,8 +23,8 @@ SIZES = [(1, 1, 1, 1), (5, 7, 12, 3), (3, 9, 48, 65), (2, 11, 384, 20), (2, 3, 3
 ERRORS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton: uv pip install --group triton")
 def test_the_kernels_pool_and_differentiate_as_what_is_gathered() -> None:
+    need("triton")
     settings = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0" if DEVICE == "cuda" else "1"}
     done = subprocess.run([sys.executable, __file__], env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
