@@ -1,22 +1,17 @@
 """ingest: a source's raw files -> canonical events by day, users, items, modalities.
 
 What cannot be made canonical (a missing column, a wrong type, a time without a zone) stops here, before anything is
-written; a row that is wrong by itself (an unknown item, a label of 2) goes to quarantine; what the rows say together,
+written. A row that is wrong by itself (an unknown item, a label of 2) goes to quarantine. What the rows say together,
 and what is wrong with items and vectors, is judged by `validate`.
 
-Every row that a source read is written to events, or counted under the reason why not: rows left out are in
-quarantine/, and of rows that are not known before `until` there is their number in source.json. Where rows say when
-they arrived (`created_at`), days may be delivered again: user, item and timestamp name an impression, the newest whole
-row of it counts, and what arrived at `until` or later is not known. So but for that number, ingest of the same `until`
-gives the same bytes, whatever was delivered since.
+Every row that a source read is written to events, or is counted under the reason why not (`revisions.py`): rows that
+are left out lie in quarantine/, and source.json has the number of those that are not known before `until`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +25,6 @@ from rich.table import Table
 from components.common.artifacts import new_folder, write_json
 from components.common.config import parse_time
 from components.common.contracts import (
-    ARRIVAL,
     EVENTS,
     HISTORIES,
     HISTORY,
@@ -39,15 +33,15 @@ from components.common.contracts import (
     OPTIONAL,
     ORACLE,
     USERS,
-    UTC,
     VECTORS,
     attributes,
     conform,
     write_days,
 )
 from components.data import pictures, sources
-from components.data.sources import RawTables
-from components.data.sources.files import FilesConfig
+from components.data.revisions import UNKNOWN_YET, settle, unusual_days
+from components.data.sources import RawTables, brief
+from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
 # Names that later steps give to features, or to columns of their joins.
@@ -56,11 +50,6 @@ RESERVED = {
     "clicks_start", "clicks_end", "known", *OPTIONAL,
 }  # fmt: skip
 POPULARITY = {"views_level", "clicks_level"}  # features too, unless the source gives its histories itself
-UNKNOWN_YET = "not known before until"  # counted, never written: no fault, and no part of this data
-NO_LABEL = "label is not 0 or 1"
-IMPRESSION = ("user_id", "item_id", "timestamp")  # what names one, where rows say when they arrived
-DAY = np.timedelta64(1, "D")
-MONTH = 30  # days, in which a day without a row is unusual
 SHOWN = 14  # unusual days in the terminal; source.json has all
 
 
@@ -92,7 +81,8 @@ class IngestConfig:
 
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
-    raw = sources.read(config)
+    settings = {"simulator": config.simulator, "files": config.files}.get(config.source)
+    raw = sources.read(config.source, config.raw, settings)
     read = len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values())))
     if raw.read not in (None, read):
         raise ValueError(
@@ -128,10 +118,10 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     assert read == later + len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
     broken = sum(map(len, rejected.values()))
     if broken > config.max_rejected * (read - later):
-        told = "; ".join(f"{reason}: {len(rows)}, e.g. {_first(rows)}" for reason, rows in rejected.items())
+        reasons = "; ".join(f"{reason}: {len(rows)}, e.g. {_first(rows)}" for reason, rows in rejected.items())
         raise ValueError(
             f"{config.source}: {broken} of {read - later} rows are broken, more than ingest.max_rejected "
-            f"({config.max_rejected}) of them ({told}); mend the files, or raise the limit"
+            f"({config.max_rejected}) of them ({reasons}); mend the files, or raise the limit"
         )
     if not len(events):
         raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
@@ -147,14 +137,16 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             file = folder / "modalities" / f"{name}.parquet"
             pq.write_table(vectors.sort_by("item_id"), file, use_dictionary=False)  # no float comes twice
         copied = copy_pictures(config, named, folder) if len(named) else None
+        for name, words in raw.vocabularies.items():
+            pq.write_table(words, folder / f"{name}_vocabulary.parquet")
         if given and raw.histories is not None:
             pq.write_table(raw.histories, folder / "histories.parquet")
         if left_out:
             (folder / "quarantine").mkdir(exist_ok=True)
         for at, (reason, rows) in enumerate(left_out.items()):
             names = ["given reason" if name == "reason" else name for name in rows.column_names]
-            told = rows.rename_columns(names).append_column("reason", pa.repeat(reason, len(rows)))
-            pq.write_table(told, folder / "quarantine" / f"{at}-{re.sub(r'[^A-Za-z0-9]+', '-', reason)}.parquet")
+            marked = rows.rename_columns(names).append_column("reason", pa.repeat(reason, len(rows)))
+            pq.write_table(marked, folder / "quarantine" / f"{at}-{re.sub(r'[^A-Za-z0-9]+', '-', reason)}.parquet")
         facts = {
             "source": config.source,
             "until": config.until,
@@ -228,168 +220,29 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
     if len(left_out):
         (folder / "quarantine").mkdir(exist_ok=True)
         pq.write_table(left_out, folder / "quarantine" / "pictures.parquet")
-        told = f"{len(left_out)} of {len(named)} pictures left out: {pictures.describe(left_out)}"
-        Console(stderr=True, highlight=False).print(told, markup=False)
+        message = f"{len(left_out)} of {len(named)} pictures left out: {pictures.describe(left_out)}"
+        Console(stderr=True, highlight=False).print(message, markup=False)
     reasons = {count["values"]: count["counts"] for count in pc.value_counts(left_out["reason"]).to_pylist()}
     return {"named": len(named), "written": len(named) - len(left_out), "left_out": reasons}
 
 
-def settle(
-    raw: RawTables, events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
-) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
-    """The events that count; what is broken and what is set aside, by reason; and how many are not known yet."""
-    events, wrong = keep_whole(events, users, items, until)
-    later = len(wrong.pop(UNKNOWN_YET, ()))
-    set_aside = dict(raw.set_aside)
-    if ARRIVAL in events.column_names:
-        broken = wrong.pop(NO_LABEL, events.slice(0, 0))
-        is_mended = pa.array(mended(broken, events))
-        events, older = versions(events)
-        older["corrected later"] = pa.concat_tables([older["corrected later"], broken.filter(is_mended)])
-        wrong[NO_LABEL] = broken.filter(pc.invert(is_mended))
-        set_aside |= older
-    rejected, set_aside = (
-        {reason: rows for reason, rows in by_reason.items() if len(rows)}
-        for by_reason in (raw.rejected | wrong, set_aside)
-    )
-    return events, rejected, set_aside, later
-
-
-def keep_whole(
-    events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
-) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """The events that are whole and known before `until`; and those that are not, by reason.
-
-    What says when it arrived is known from then on, the rest from when it happened. A time beyond tomorrow is never
-    true, and neither is a row that is known before it happened; UNKNOWN_YET is no fault.
-    """
-    tomorrow = pa.scalar(datetime.now(ZONE) + timedelta(days=1), UTC)
-    limit = tomorrow if until is None else pa.scalar(until, UTC)
-    labels = pa.array([0, 1], pa.int8())
-
-    def known(rows: pa.Table) -> pa.ChunkedArray:
-        return pc.coalesce(*(rows[name] for name in (ARRIVAL, "timestamp") if name in rows.column_names))
-
-    def is_unknown(rows: pa.Table, column: str, values: pa.Array) -> pa.ChunkedArray:
-        return pc.invert(pc.is_in(rows[column], value_set=values, skip_nulls=True))
-
-    left_out = {}
-    for reason, is_so in {
-        "later than tomorrow": lambda rows: pc.greater_equal(known(rows), tomorrow),
-        UNKNOWN_YET: lambda rows: pc.greater_equal(known(rows), limit),
-        "no timestamp": lambda rows: pc.is_null(rows["timestamp"]),
-        "happens after it arrived": lambda rows: pc.greater_equal(rows["timestamp"], limit),
-        "unknown user": lambda rows: is_unknown(rows, "user_id", users["user_id"].combine_chunks()),
-        "unknown item": lambda rows: is_unknown(rows, "item_id", items["item_id"].combine_chunks()),
-        NO_LABEL: lambda rows: is_unknown(rows, "label", labels),
-    }.items():
-        marked = is_so(events).fill_null(False)
-        if pc.any(marked).as_py():
-            left_out[reason] = events.filter(marked)
-            events = events.filter(pc.invert(marked))
-    return events, left_out
-
-
-def versions(events: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """Of whole events that say when they arrived: the newest row of each impression, in the place of its oldest; and
-    the older rows: `repeated`, where the next differs in nothing but the arrival, and `corrected later`.
-
-    The newest row has the arrival from which on its label was known without a break: a day that comes again, or with
-    another context, changes no history.
-    """
-    order, again = _by_impression(events)
-    equal = {
-        name: _as_before(events[name].combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy()[order])
-        for name in set(events.column_names) - {ARRIVAL, *IMPRESSION}
-    }
-    repeats = again & np.all(list(equal.values()), axis=0)
-    newest = np.flatnonzero(~np.roll(again, -1))
-    oldest, since = (_starts(going_on)[newest] for going_on in (again, again & equal["label"]))
-    place = np.argsort(order[oldest])
-    counted = events.take(order[newest[place]])
-    arrival = events[ARRIVAL].take(order[since[place]])
-    return counted.set_column(counted.column_names.index(ARRIVAL), ARRIVAL, arrival), {
-        "repeated": events.take(np.sort(order[np.roll(repeats, -1)])),
-        "corrected later": events.take(np.sort(order[np.roll(again & ~repeats, -1)])),
-    }
-
-
-def mended(broken: pa.Table, whole: pa.Table) -> np.ndarray:
-    """Which of the broken events have a whole one of their impression that arrived later. bool [rows of broken]"""
-    users = pc.unique(broken["user_id"])
-    both = pa.concat_tables([broken, whole.filter(pc.is_in(whole["user_id"], value_set=users))])
-    order, again = _by_impression(both)
-    impression = np.append(np.cumsum(~again), 0)
-    at = np.where(order >= len(broken), np.arange(len(order)), len(order))
-    next_whole = np.minimum.accumulate(at[::-1])[::-1]
-    found = np.empty(len(order), dtype=bool)
-    found[order] = impression[next_whole] == impression[:-1]
-    return found[: len(broken)]
-
-
-def _by_impression(events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The rows by impression and age, and whether each, in this order, is of the same impression as the one before.
-
-    A row without an arrival is the oldest; of equal arrivals the later in the table is the newer.
-    """
-    keys = [events[name].cast(pa.int64()).to_numpy() for name in IMPRESSION]
-    arrival = events[ARRIVAL].cast(pa.int64()).fill_null(np.iinfo(np.int64).min).to_numpy()
-    order = np.lexsort((arrival, *keys))
-    again = np.all([_as_before(key[order]) for key in keys], axis=0)
-    again[:1] = False
-    return order, again
-
-
-def _as_before(values: np.ndarray) -> np.ndarray:
-    return np.diff(values, prepend=values[:1]) == 0
-
-
-def _starts(going_on: np.ndarray) -> np.ndarray:
-    """Position -> the one at which its run begins."""
-    return np.maximum.accumulate(np.where(going_on, 0, np.arange(len(going_on))))
-
-
-def unusual_days(events: pa.Table, set_aside: dict[str, pa.Table]) -> dict[str, dict[str, int]]:
-    """Day -> its rows, and how many arrived a day or more after its end, were repeated or corrected later; the days
-    with any of these, and those of the last month that have no row."""
-    found = {"rows": _count(events)}
-    if ARRIVAL in events.column_names:
-        end = events["timestamp"].to_numpy().astype("datetime64[D]") + DAY
-        arrival = events[ARRIVAL].fill_null(0).to_numpy()
-        found["late"] = _count(events.filter(pa.array(arrival >= end + DAY)))
-    for reason, rows in set_aside.items():
-        if "timestamp" in rows.column_names and rows.schema.field("timestamp").type == EVENTS.field("timestamp").type:
-            found[reason] = _count(rows)
-    last = np.datetime64(max(found["rows"]))
-    month = np.arange(max(np.datetime64(min(found["rows"])), last - MONTH * DAY), last).astype(str).tolist()
-    days = sorted({*month, *(day for counts in found.values() for day in counts)})
-    told = {day: {what: counts.get(day, 0) for what, counts in found.items() if day in counts or what == "rows"}
-            for day in days}  # fmt: skip
-    return {day: counts for day, counts in told.items() if len(counts) > 1 or not counts["rows"]}
-
-
-def _count(rows: pa.Table) -> dict[str, int]:
-    days, counts = np.unique(rows["timestamp"].to_numpy().astype("datetime64[D]"), return_counts=True)
-    return dict(zip(days.astype(str).tolist(), counts.tolist(), strict=True))
-
-
 def show(ledger: dict[str, Any], days: dict[str, dict[str, int]]) -> None:
     """The tables for the terminal."""
-    told = {"read": ledger["read"], UNKNOWN_YET: -ledger["later"]}
-    told |= {reason: -rows for reason, rows in ledger["left_out"].items()}
+    counts = {"read": ledger["read"], UNKNOWN_YET: -ledger["later"]}
+    counts |= {reason: -rows for reason, rows in ledger["left_out"].items()}
     table = Table("rows", "", title="What became of the rows", title_justify="left")
     table.columns[1].justify = "right"
-    for what, rows in {k: v for k, v in told.items() if v}.items():
+    for what, rows in {k: v for k, v in counts.items() if v}.items():
         table.add_row(what, f"{rows:,}")
     table.add_section()
     table.add_row("written", f"{ledger['written']:,}")
     console = Console(stderr=True, highlight=False)
     console.print(table)
     if days:
-        names = list(dict.fromkeys(name for counts in days.values() for name in counts))
+        names = list(dict.fromkeys(name for day in days.values() for name in day))
         table = Table("day", *names, title=f"Unusual days ({len(days)})", title_justify="left")
-        for day, counts in list(days.items())[-SHOWN:]:
-            table.add_row(day, *(f"{counts.get(name, 0):,}" for name in names))
+        for day, found in list(days.items())[-SHOWN:]:
+            table.add_row(day, *(f"{found.get(name, 0):,}" for name in names))
         console.print(table)
 
 
@@ -403,7 +256,7 @@ def _require_histories(config: IngestConfig, raw: RawTables, events: pa.Table) -
 
 
 def _first(rows: pa.Table) -> dict[str, str]:
-    return {name: str(value) for name, value in rows.slice(0, 1).to_pylist()[0].items() if value is not None}
+    return {name: brief(value) for name, value in rows.slice(0, 1).to_pylist()[0].items() if value is not None}
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float | None:

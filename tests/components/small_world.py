@@ -84,12 +84,12 @@ def ingest_simulator(output: Path) -> Path:
 
 
 def ingest_tables(raw: RawTables, output: Path, until: str | None = None) -> dict[str, Any]:
-    """Ingest through an adapter as a user writes one: a module with `read`, and a line in SOURCES."""
+    """Ingest through an adapter as a user writes one: a module with `read`, and a line in ADAPTERS."""
     module = ModuleType("planted_source")
-    module.read = lambda config: raw  # type: ignore[attr-defined]
+    module.read = lambda path, config, rows=None: raw  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "planted_source", module)
-        patch.setitem(sources.SOURCES, "planted", "planted_source")
+        patch.setitem(sources.ADAPTERS, "planted", "planted_source")
         return ingest.run(ingest_config("planted", "/", until), output)  # pictures lie below, wherever they are
 
 

@@ -1,43 +1,44 @@
-"""Sources: adapters that turn somebody's raw files into canonical tables. A new one is a file and a line here."""
+"""Sources: adapters that turn somebody's raw files into canonical tables.
+
+An adapter is a module with `read(raw, config, rows=None) -> RawTables`, and a line in ADAPTERS. `raw` is ingest.raw,
+`config` the adapter's own section of `ingest` in params.yaml, or None where it has none. With `rows`, the adapter looks
+at its files instead of reading them whole: about so many rows of the first and the last file are enough.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from components.common.artifacts import new_file
-from components.common.config import section
 from components.common.contracts import UTC
 
-if TYPE_CHECKING:
-    from components.data.ingest import IngestConfig
-
 SIMULATOR_RAW = "components/data/sources/simulator.py"  # it has no files: its code is its input
-SOURCES = {
+ADAPTERS = {
     "simulator": "components.data.sources.simulator",
     "movielens": "components.data.sources.movielens",
     "microlens": "components.data.sources.microlens",
     "files": "components.data.sources.files",
 }
+LONGEST = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawTables:
     """What an adapter gives back; `ingest` checks it against the contract and writes it.
 
-    items       may name their pictures in a column `image`: a path below ingest.raw, or an http(s) URL; null: none
-    modalities  name -> (item_id, vector); an item without a vector has no row
-    read        the rows of the events' files, where the adapter counts them: none of them may be lost on the way
-    histories   the item ids that the events' history_start and history_end point at, where the source gives them
-    rejected    reason -> raw rows that are broken and are in no other table
-    set_aside   reason -> raw rows that are whole, and left out all the same
-    facts       what the source says of itself, JSON-able
+    items         may name their pictures in a column `image`: a path below ingest.raw, or an http(s) URL, or null
+    modalities    name -> (item_id, vector); an item without a vector has no row
+    read          the rows of the events' files, where the adapter counts them: none of them may be lost on the way
+    histories     the item ids that the events' history_start and history_end point at, where the source gives them
+    rejected      reason -> raw rows that are broken and are in no other table
+    set_aside     reason -> raw rows that are whole and are left out on purpose
+    vocabularies  users or items -> (id, text), where the source's ids are text (`text_id`)
+    facts         what the source says about itself, JSON-able
     """
 
     events: pa.Table
@@ -48,14 +49,26 @@ class RawTables:
     histories: pa.Table | None = None
     rejected: dict[str, pa.Table] = field(default_factory=dict)
     set_aside: dict[str, pa.Table] = field(default_factory=dict)
+    vocabularies: dict[str, pa.Table] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def read(config: IngestConfig) -> RawTables:
-    """The raw tables of the configured source. Raises ValueError on an absent path or a broken raw file."""
-    check(config.source, config.raw)
-    adapter: Callable[[IngestConfig], RawTables] = import_module(SOURCES[config.source]).read
-    return adapter(config)
+def read(source: str, raw: str, config: Any, rows: int | None = None) -> RawTables:
+    """The raw tables of a source; with `rows`, of a sample of its files.
+
+    Raises ValueError where the path is not there or a raw file is broken.
+    """
+    check(source, raw)
+    found: RawTables = import_module(ADAPTERS[source]).read(raw, config, rows=rows)
+    return found
+
+
+def check(source: str, raw: str) -> None:
+    """Raises ValueError where the source is unknown or the raw path is not there."""
+    if source not in ADAPTERS:
+        raise ValueError(f"ingest.source: unknown source {source!r}; known are {', '.join(sorted(ADAPTERS))}")
+    if not (source == "files" and "://" in raw) and not Path(raw).exists():
+        raise ValueError(f"ingest.raw: {raw!r} is not there; name the path of the {source} files")
 
 
 def timeless(rows: int) -> pa.Array:
@@ -67,36 +80,7 @@ def timeless(rows: int) -> pa.Array:
     return pa.array(((10_957 + day) * 86_400 + second) * 1_000_000).cast(UTC)
 
 
-def use(source: str, raw: str | None, params: Path) -> None:
-    """Write `ingest.source` and `ingest.raw` of params.yaml, comments kept. Raises ValueError as `check` does."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.representer import RoundTripRepresenter
-
-    class Representer(RoundTripRepresenter):
-        """Ruamel's own, but a null is written as the word, as in params.yaml."""
-
-    Representer.add_representer(type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-    if source in SOURCES and raw is None:
-        if source != "simulator":
-            raise ValueError(f"{source} reads files: name their path with --raw PATH")
-        raw = SIMULATOR_RAW
-    check(source, str(raw))
-    section(params, "ingest")
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 120
-    yaml.Representer = Representer
-    content = yaml.load(params)
-    if (content["ingest"]["source"], content["ingest"]["raw"]) != (source, raw):
-        content["ingest"]["source"], content["ingest"]["raw"] = source, raw
-        with new_file(params) as scratch:
-            yaml.dump(content, scratch)
-
-
-def check(source: str, raw: str) -> None:
-    """Raises ValueError on an unknown source or a raw path that is absent."""
-    if source not in SOURCES:
-        raise ValueError(f"ingest.source: unknown source {source!r}; known are {', '.join(sorted(SOURCES))}")
-    if not (source == "files" and "://" in raw) and not Path(raw).exists():
-        raise ValueError(f"ingest.raw: {raw!r} is not there; name the path of the {source} files")
+def brief(value: object) -> str:
+    """The value as text for a message: at most LONGEST characters of it."""
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text):,} characters)"

@@ -7,16 +7,15 @@
 Item 0 and tag 0 are padding. `ingest.raw` is that folder, or the one above it: then the titles, and the text and image
 vectors in place of item_emb_d128, are read too.
 
-There are no times, the histories and the split are given. Rows keep the files' order (train, valid, test), and a row's
-history is a range of one array that holds each of a user's sequences once: a sequence that another one of the user's
-begins with is a part of that one. A file without labels (the challenge kept those of test) is set aside.
+There are no times; the histories and the split are given. Rows keep the order of the files (train, valid, test). The
+history of a row is a range of one array that holds each sequence of a user once: where a longer sequence of the user
+begins with it, both share the same range. A file without labels (the challenge kept those of test) is set aside.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
@@ -27,11 +26,9 @@ import pyarrow.parquet as pq
 from components.common.contracts import read_parquet, vector_matrix
 from components.data.sources import RawTables, timeless
 
-if TYPE_CHECKING:
-    from components.data.ingest import IngestConfig
-
 FOLDER = "MicroLens_1M_x1"
 MEMORY = "2GB"  # of the deduplication, which spills to disk beyond
+MOST = 1 << 40  # rows: all of them
 ROWS = {"user_id", "item_id", "item_seq", "likes_level", "views_level"}
 MODALITIES = {"text": "txt_emb_BERT", "image": "img_emb_CLIPRN50"}
 
@@ -44,10 +41,11 @@ ROWS_OF_A_FILE = """
     select ?, ?, file_row_number, user_id, item_id, label, likes_level, views_level,
            list_filter(item_seq, lambda i: i <> 0)
     from read_parquet(?, file_row_number = true)
+    where file_row_number < ?
 """
 
-# In order, a sequence lies directly before those that begin with it. A shared one adds nothing to the array, so the
-# sum over the sequences before is where it starts, within the first longer one that is stored.
+# Sorted, a sequence lies directly before those that begin with it. A shared one adds nothing to the array. So the sum
+# over the sequences before it is where it starts, inside the first longer one that is stored.
 PLACED = """
     create table placed as
     with ordered as (
@@ -69,40 +67,42 @@ EVENTS = """
 """
 
 
-def read(config: IngestConfig) -> RawTables:
-    """Events with their given histories and split, users, items, and the vectors."""
-    raw = Path(config.raw)
-    folder = raw / FOLDER if (raw / FOLDER).is_dir() else raw
+def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
+    """Events with their given histories and split, users, items, and vectors; with `rows`, of each file the first."""
+    root = Path(raw)
+    folder = root / FOLDER if (root / FOLDER).is_dir() else root
     files = {name: folder / f"{name}.parquet" for name in ("train", "valid", "test")}
     if not files["test"].is_file():
         del files["test"]
     labelled = {name: _columns(file, name) for name, file in files.items()}
+    counts = {name: min(pq.read_metadata(file).num_rows, rows or MOST) for name, file in files.items()}
     with tempfile.TemporaryDirectory(prefix="clickloop-microlens-") as spill, duckdb.connect() as db:
         db.execute(f"set memory_limit = '{MEMORY}'; set temp_directory = '{spill}'")
         db.execute(GIVEN)
         for at, name in enumerate(name for name in files if labelled[name]):
-            db.execute(f"insert into given {ROWS_OF_A_FILE}", [name, at, str(files[name])])
+            db.execute(f"insert into given {ROWS_OF_A_FILE}", [name, at, str(files[name]), counts[name]])
         db.execute(PLACED)
         events = db.sql(EVENTS).to_arrow_table()
         kept = db.sql("select seq from placed where not shared order by id").to_arrow_table()["seq"]
         given = db.sql("select coalesce(sum(len(seq)), 0)::bigint from given").fetchall()[0][0]
         aside = {
             f"{name} has no label": db.sql(
-                "select user_id, item_id, file_row_number as row from read_parquet(?, file_row_number = true)",
-                params=[str(files[name])],
+                "select user_id, item_id, file_row_number as row from read_parquet(?, file_row_number = true) "
+                "where file_row_number < ?",
+                params=[str(files[name]), counts[name]],
             ).to_arrow_table()
             for name in files
             if not labelled[name]
         }
     times = timeless(len(events))
-    items, modalities = _items(folder / "item_info.parquet", raw / "item_feature.parquet", times)
+    items, modalities = _items(folder / "item_info.parquet", root / "item_feature.parquet", times)
     histories = pa.table({"item_id": pc.list_flatten(kept).cast(pa.int64())})
     return RawTables(
         events=events.append_column("timestamp", times),
         users=pa.table({"user_id": pc.unique(events["user_id"])}).sort_by("user_id"),
         items=items,
         modalities=modalities,
-        read=sum(pq.read_metadata(file).num_rows for file in files.values()),
+        read=sum(counts.values()),
         histories=histories,
         set_aside=aside,
         facts={"history_items_given": given, "history_items_stored": len(histories)},

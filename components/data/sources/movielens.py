@@ -6,35 +6,47 @@
     item_text.parquet    item_id, text                          optional
     item_image.parquet   item_id, vector                        optional
 
-The click label is the literature's: ratings of 3 are dropped, label = rating > 3.
+The click label is that of the literature: ratings of 3 are set aside, label = rating > 3. A rating that is not 1 to 5
+and a time before 1970 are broken.
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from components.common.contracts import UTC, conform, read_parquet
-from components.data.sources import RawTables
-
-if TYPE_CHECKING:
-    from components.data.ingest import IngestConfig
+from components.common.contracts import END_OF_TIME, UTC, conform, read_parquet
+from components.data.sources import RawTables, brief
 
 AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
 NEUTRAL_RATING = 3
+RATINGS = (1, 5)
+NO_RATING = "rating is not 1 to 5"
+NO_TIME = "time is not in the years 1970 to 9999"
 
 
-def read(config: IngestConfig) -> RawTables:
-    """Events, users (gender, age, occupation), items (decade; genres as tags), text and image."""
-    raw = Path(config.raw)
-    ratings = _table(raw, "ratings.dat", ["user_id", "item_id", "rating", "seconds"], pa.int64())
-    neutral = pc.equal(ratings["rating"], NEUTRAL_RATING).fill_null(False)  # no rating is no label, which ingest tells
-    kept, aside = ratings.filter(pc.invert(neutral)), ratings.filter(neutral)
+def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
+    """Events, users (gender, age, occupation), items (decade; genres as tags), text and image.
+
+    The files of this layout are small: `rows` is ignored.
+    """
+    folder = Path(raw)
+    ratings = kept = _table(folder, "ratings.dat", ["user_id", "item_id", "rating", "seconds"], pa.int64())
+    left_out = {}
+    low, high = RATINGS
+    for reason, found in {  # a row without a rating or a time stays: ingest finds and counts it
+        NO_RATING: lambda t: pc.or_(pc.less(t["rating"], low), pc.greater(t["rating"], high)),
+        NO_TIME: lambda t: pc.or_(pc.less(t["seconds"], 0), pc.greater_equal(t["seconds"], END_OF_TIME // 1_000_000)),
+        f"rating of {NEUTRAL_RATING}": lambda t: pc.equal(t["rating"], NEUTRAL_RATING),
+    }.items():
+        is_so = found(kept).fill_null(False)
+        left_out[reason] = kept.filter(is_so)
+        kept = kept.filter(pc.invert(is_so))
+    aside = left_out.pop(f"rating of {NEUTRAL_RATING}")
     events = pa.table(
         {
             "user_id": kept["user_id"],
@@ -43,8 +55,8 @@ def read(config: IngestConfig) -> RawTables:
             "label": pc.greater(kept["rating"], NEUTRAL_RATING).cast(pa.int8()),
         }
     ).sort_by([("timestamp", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")])
-    users = _table(raw, "users.dat", ["user_id", "gender", "age", "occupation", "zip"], pa.string())
-    movies = _table(raw, "movies.dat", ["item_id", "title", "genres"], pa.string())
+    users = _table(folder, "users.dat", ["user_id", "gender", "age", "occupation", "zip"], pa.string())
+    movies = _table(folder, "movies.dat", ["item_id", "title", "genres"], pa.string())
     year = pc.struct_field(pc.extract_regex(movies["title"], r"\((?P<year>\d{4})\)\s*$"), "year")
     decade = pc.binary_join_element_wise(pc.utf8_slice_codeunits(year, 0, 3), "0s", "")
     items = pa.table(
@@ -57,7 +69,7 @@ def read(config: IngestConfig) -> RawTables:
             "decade": decade,
         }
     )
-    texts = raw / "item_text.parquet"
+    texts = folder / "item_text.parquet"
     if texts.is_file():
         wanted = pa.schema([("item_id", pa.int64()), ("text", pa.string())])
         found = conform(read_parquet(texts), wanted, str(texts))
@@ -65,7 +77,7 @@ def read(config: IngestConfig) -> RawTables:
         items = items.append_column("text", found["text"].take(at))  # null where there is no text
     else:
         items = items.append_column("text", pa.nulls(len(items), pa.string()))
-    images = raw / "item_image.parquet"
+    images = folder / "item_image.parquet"
     return RawTables(
         events=events,
         users=pa.table(
@@ -79,15 +91,16 @@ def read(config: IngestConfig) -> RawTables:
         items=items.sort_by("item_id"),
         modalities={"image": read_parquet(images)} if images.is_file() else {},
         read=len(ratings),
+        rejected=left_out,
         set_aside={f"rating of {NEUTRAL_RATING}": aside},
     )
 
 
-def _table(raw: Path, name: str, columns: list[str], kind: pa.DataType) -> pa.Table:
+def _table(folder: Path, name: str, columns: list[str], kind: pa.DataType) -> pa.Table:
     """A `::`-separated latin-1 file, plain or gzipped. Raises ValueError with the file and the line's trouble."""
-    path = next((p for p in (raw / name, raw / f"{name}.gz") if p.is_file()), None)
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
-        raise ValueError(f"ingest.raw: {raw} holds no {name} or {name}.gz; it must be a folder in the ml-1m layout")
+        raise ValueError(f"ingest.raw: {folder} holds no {name} or {name}.gz; it must be a folder in the ml-1m layout")
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
             text = stream.read().decode("latin-1")
@@ -101,7 +114,7 @@ def _table(raw: Path, name: str, columns: list[str], kind: pa.DataType) -> pa.Ta
             csv.ConvertOptions(column_types=dict.fromkeys(columns, kind), strings_can_be_null=False),
         )
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not the ml-1m layout {'::'.join(columns)}: {error}. Mend the file") from None
+        raise ValueError(f"{path}: not the ml-1m layout {'::'.join(columns)}: {brief(error)}. Mend the file") from None
 
 
 def _rename(column: pa.ChunkedArray, names: dict[str, str]) -> pa.Array:

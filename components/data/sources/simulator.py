@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,9 +19,6 @@ import pyarrow as pa
 from components.common.contracts import EVENTS, ORACLE
 from components.common.contracts import UTC as TIMESTAMP
 from components.data.sources import RawTables
-
-if TYPE_CHECKING:
-    from components.data.ingest import IngestConfig
 
 TOPICS = {
     "cooking": ("Sourdough", "Noodle", "Pepper", "Skillet", "Harvest"),
@@ -237,23 +233,27 @@ class World:
         return pa.table({"item_id": kept * STRIDE + FIRST_ITEM, "vector": pa.FixedSizeListArray.from_arrays(flat, dim)})
 
 
-def read(config: IngestConfig) -> RawTables:
-    """The world of `config.simulator`, every day of it."""
+def read(raw: str, config: SimulatorConfig, rows: int | None = None) -> RawTables:
+    """Every day of the world. With `rows`, so many rows of the first and the last day. `raw`, its code, is not read."""
     from tqdm import tqdm
 
-    world = World(config.simulator)
-    days = tqdm(range(config.simulator.days), "simulate", unit="day", disable=None)
-    events = pa.concat_tables([world.day(day) for day in days])
+    world = World(config)
+    if rows is None:
+        days = tqdm(range(config.days), "simulate", unit="day", disable=None)
+        events = pa.concat_tables([world.day(day) for day in days])
+    else:
+        shown = min(rows, config.impressions_per_day)
+        events = pa.concat_tables([world.day(day, shown) for day in sorted({0, config.days - 1})])
     assert set(EVENTS.names) <= set(events.column_names)
     return RawTables(
         events=events,
         users=world.users(),
         items=world.items(),
         modalities={
-            "text": world.vectors(config.simulator.text_dim, config.simulator.missing_text),
-            "image": world.vectors(config.simulator.image_dim, config.simulator.missing_image),
+            "text": world.vectors(config.text_dim, config.missing_text),
+            "image": world.vectors(config.image_dim, config.missing_image),
         },
-        facts={"seed": config.simulator.seed},
+        facts={"seed": config.seed},
     )
 
 

@@ -60,7 +60,7 @@ def test_thirty_clean_days_raise_nothing(tmp_path: Path) -> None:
 
 def test_a_week_has_its_rhythm(tmp_path: Path) -> None:
     """Weekends with three tenths of the rows are usual once three are there, and a fall to a fifth of that is not."""
-    raw = simulator.read(replace(ingest_config(), simulator=replace(CONFIG, days=30, seed=11)))
+    raw = simulator.read("", replace(CONFIG, days=30, seed=11))
     day, chance = day_of(raw.events), np.random.default_rng(0).random(len(raw.events))
     kept = (chance < 0.3) | ~np.isin(day % 7, (1, 2))  # the first is a Friday
 

@@ -22,18 +22,18 @@ import pytest
 from components.common.artifacts import folder_hash
 from components.common.config import parse_time
 from components.common.contracts import EVENTS, UTC, Canonical, attributes
-from components.data import ingest
+from components.data import ingest, revisions
 from components.data.sources import RawTables
 from components.data.sources.simulator import read
 from models import schema
-from tests.components.small_world import ingest_config, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
 
 RATINGS = "1::10::5::978300760\n2::10::1::978300761\n"
 
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read(ingest_config())
+    return read("", SIMULATOR)
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ def test_versions_by_the_definition(seed: int, rows: int) -> None:
         for at, after in pairwise(group):
             equal = all(listed[at][name] == listed[after][name] for name in ("label", "device"))
             older["repeated" if equal else "corrected later"].append(at)
-    counted, found = ingest.versions(table)
+    counted, found = revisions.versions(table)
     assert counted.to_pylist() == wanted and counted.schema == table.schema
     assert {reason: t.to_pylist() for reason, t in found.items()} == {
         reason: [listed[at] for at in sorted(rows)] for reason, rows in older.items()
@@ -513,7 +513,7 @@ def test_what_is_mended_by_the_definition(seed: int) -> None:
     for group in by_impression(listed):
         for place, at in enumerate(group):
             wanted[at] = any(later >= 40 for later in group[place + 1 :])
-    assert ingest.mended(broken, whole).tolist() == wanted[:40]
+    assert revisions.mended(broken, whole).tolist() == wanted[:40]
     assert 0 < sum(wanted[:40]) < 40
 
 
