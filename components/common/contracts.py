@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 
 from components.common.artifacts import read_json
 
-UTC = pa.timestamp("us", tz="UTC")
+TIMESTAMP = pa.timestamp("us", tz="UTC")
 END_OF_TIME = 253_402_300_800_000_000  # the year 10,000, which Python's datetime does not have
 BATCH = 16_384
 ORACLE = "true_probability"
@@ -47,13 +47,13 @@ SPLIT = "split"
 HISTORY = ("history_start", "history_end")
 IMAGE = "image"
 
-EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", UTC), ("label", pa.int8())])
-OPTIONAL = {ORACLE: pa.float32(), ARRIVAL: UTC, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64())}
+EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", TIMESTAMP), ("label", pa.int8())])
+OPTIONAL = {ORACLE: pa.float32(), ARRIVAL: TIMESTAMP, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64())}
 USERS = pa.schema([("user_id", pa.int64())])
 ITEMS = pa.schema(
     [
         ("item_id", pa.int64()),
-        ("created_at", UTC),
+        ("created_at", TIMESTAMP),
         ("title", pa.string()),
         ("tags", pa.list_(pa.string())),
         ("text", pa.string()),
@@ -164,7 +164,7 @@ def _cast(column: pa.ChunkedArray, wanted: pa.DataType, where: str) -> pa.Chunke
         cast = column.cast(wanted)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{where} does not fit {wanted}: {error}") from None
-    if wanted == UTC and (pc.max(cast.cast(pa.int64())).as_py() or 0) >= END_OF_TIME:
+    if wanted == TIMESTAMP and (pc.max(cast.cast(pa.int64())).as_py() or 0) >= END_OF_TIME:
         raise ValueError(
             f"{where} has times beyond the year 9999: numbers of another unit, such as milliseconds read as seconds? "
             "Convert it where the data is written"

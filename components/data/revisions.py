@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.common.contracts import ARRIVAL, EVENTS
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, EVENTS, TIMESTAMP
 from components.data.sources import RawTables
 
 UNKNOWN_YET = "not known before until"  # counted and never written: such a row is not broken

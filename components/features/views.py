@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.common.contracts import ARRIVAL, HISTORY, USERS, UTC, Canonical, attributes, read_parquet
+from components.common.contracts import ARRIVAL, HISTORY, TIMESTAMP, USERS, Canonical, attributes, read_parquet
 
 VIEWS = ("user_profile", "user_clicks", "user_history", "item_popularity", "item_embedding")
 ONLINE_VIEWS = ("user_profile", "user_history", "item_popularity", "item_embedding")
@@ -57,7 +57,7 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
     events = data.events()
     lag_us = config.availability_lag_seconds * SECOND
     with duckdb.connect() as db:
-        never_late = pa.repeat(pa.scalar(None, UTC), len(events))
+        never_late = pa.repeat(pa.scalar(None, TIMESTAMP), len(events))
         arrival = events[ARRIVAL] if ARRIVAL in events.column_names else never_late
         db.register(
             "events",
@@ -88,7 +88,7 @@ def write_sources(config: FeaturesConfig, data: Canonical, embedding: Path, outp
         tables |= given_histories(config, events, histories)
     first = pc.min(events["timestamp"])
     users = data.users()
-    tables["user_profile"] = users.append_column("event_timestamp", pa.repeat(first, len(users)).cast(UTC))
+    tables["user_profile"] = users.append_column("event_timestamp", pa.repeat(first, len(users)).cast(TIMESTAMP))
     if not attributes(users, USERS):
         tables["user_profile"] = tables["user_profile"].append_column(NO_ATTRIBUTES, pa.repeat("yes", len(users)))
     vectors = read_parquet(embedding / "item_embedding.parquet")
@@ -128,7 +128,7 @@ def given_histories(config: FeaturesConfig, events: pa.Table, histories: pa.Chun
     items = histories.take(pa.array(np.repeat(end - offsets[1:], length) + np.arange(offsets[-1]))).combine_chunks()
     history = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items)
     nothing = pa.schema(
-        [("item_id", pa.int64()), ("event_timestamp", UTC), ("views", pa.int64()), ("clicks", pa.int64())]
+        [("item_id", pa.int64()), ("event_timestamp", TIMESTAMP), ("views", pa.int64()), ("clicks", pa.int64())]
     )
     return {
         "click_log": pa.table({"item_id": histories}),
@@ -194,4 +194,4 @@ ITEM_POPULARITY = """
 def _known_at(table: pa.Table) -> pa.Table:
     """Microseconds `us` -> the event_timestamp that Feast joins on."""
     position = table.column_names.index("us")
-    return table.set_column(position, "event_timestamp", table["us"].cast(pa.int64()).cast(UTC))
+    return table.set_column(position, "event_timestamp", table["us"].cast(pa.int64()).cast(TIMESTAMP))

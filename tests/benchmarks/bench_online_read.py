@@ -121,7 +121,7 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     import pyarrow.parquet as pq
     import yaml
 
-    from components.common.contracts import UTC
+    from components.common.contracts import TIMESTAMP
     from components.features.views import VIEWS
 
     sources = root / "data" / "features" / "sources"
@@ -129,7 +129,7 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     at = 1_767_225_600_000_000
 
     def write(name: str, rows: int, **columns: object) -> None:
-        table = pa.table({**columns, "event_timestamp": pa.repeat(pa.scalar(at).cast(UTC), rows)})
+        table = pa.table({**columns, "event_timestamp": pa.repeat(pa.scalar(at).cast(TIMESTAMP), rows)})
         pq.write_table(table, sources / f"{name}.parquet")
 
     users, items = np.arange(USERS), np.arange(ITEMS)

@@ -53,7 +53,7 @@ def make_world(root: Path, rows: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from components.common.contracts import UTC, Canonical, write_days
+    from components.common.contracts import TIMESTAMP, Canonical, write_days
 
     rng = np.random.default_rng(7)
     mass = np.arange(1, ITEMS + 1) ** -0.8
@@ -63,14 +63,14 @@ def make_world(root: Path, rows: int) -> None:
         {
             "user_id": rng.integers(0, len(users), rows),
             "item_id": rng.choice(ITEMS, rows, p=mass / mass.sum()),
-            "timestamp": pa.array(np.sort(start + rng.integers(0, DAYS * DAY, rows)) * 1_000_000).cast(UTC),
+            "timestamp": pa.array(np.sort(start + rng.integers(0, DAYS * DAY, rows)) * 1_000_000).cast(TIMESTAMP),
             "label": (rng.random(rows) < 0.3).astype(np.int8),
         }
     )
     write_days(events, root / "canonical" / "events")
     pq.write_table(pa.table({"user_id": users, "region": (users % 9).astype(str)}), root / "canonical/users.parquet")
     (root / "embedding").mkdir()
-    known = pa.repeat(pa.scalar(start * 1_000_000).cast(UTC), ITEMS)
+    known = pa.repeat(pa.scalar(start * 1_000_000).cast(TIMESTAMP), ITEMS)
     vectors = pa.array(rng.normal(size=(ITEMS, 4)).tolist(), pa.list_(pa.float32()))
     table = {"item_id": np.arange(ITEMS), "created_at": known, "embedding": vectors}
     pq.write_table(pa.table(table), root / "embedding" / "item_embedding.parquet")

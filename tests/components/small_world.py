@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from components.common.artifacts import folder_hash, write_json
-from components.common.contracts import ARRIVAL
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP
 from components.common.dataset import Dataset
 from components.common.splits import SplitConfig
 from components.data import ingest, sources, validate

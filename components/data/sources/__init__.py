@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from components.common.contracts import UTC
+from components.common.contracts import TIMESTAMP
 
 SIMULATOR_RAW = "components/data/sources/simulator.py"  # it has no files: its code is its input
 ADAPTERS = {
@@ -77,7 +77,7 @@ def timeless(rows: int) -> pa.Array:
     days = max(1, -(-rows // 86_400))
     day = row * days // max(rows, 1)
     second = row - np.searchsorted(day, day)
-    return pa.array(((10_957 + day) * 86_400 + second) * 1_000_000).cast(UTC)
+    return pa.array(((10_957 + day) * 86_400 + second) * 1_000_000).cast(TIMESTAMP)
 
 
 def brief(value: object) -> str:

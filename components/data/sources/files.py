@@ -31,7 +31,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.common.contracts import ARRIVAL, HISTORIES, HISTORY, IMAGE, SPLIT, UTC, VECTORS
+from components.common.contracts import ARRIVAL, HISTORIES, HISTORY, IMAGE, SPLIT, TIMESTAMP, VECTORS
 from components.data.sources import RawTables, brief, timeless, values
 from components.data.sources.mapping import NAMES, PARTS, FilesConfig, Paths, TableConfig
 from components.data.sources.tables import IDS, Tables, numbered
@@ -72,7 +72,7 @@ def read(raw: str, config: FilesConfig, rows: int | None = None) -> RawTables:
         names = words["text"].take(pc.index_in(items["item_id"], value_set=words["item_id"].combine_chunks()))
     known = items["created_at"]
     if without_times := HISTORY[0] in events.column_names:  # rows whose times are made up know every item
-        known = pa.nulls(len(items), UTC)
+        known = pa.nulls(len(items), TIMESTAMP)
     pictures = items[IMAGE]
     whole = pc.or_(pc.match_substring(pictures, "://"), pc.starts_with(pictures, "/"))
     pictures = pc.if_else(whole, pictures, pc.binary_join_element_wise(raw.rstrip("/"), pictures, "/"))
@@ -180,7 +180,7 @@ def _table(tables: Tables, name: str, config: TableConfig, ids: pa.ChunkedArray)
         found = tables.db.sql(f"select * from {name} order by file, row").to_arrow_table()
         found = found.select(numbered(columns)).rename_columns(columns)
     for absent in set(names) - set(found.column_names):
-        found = found.append_column(absent, pa.nulls(len(found), UTC if absent == "created_at" else pa.string()))
+        found = found.append_column(absent, pa.nulls(len(found), TIMESTAMP if absent == "created_at" else pa.string()))
     return found.sort_by(key)
 
 

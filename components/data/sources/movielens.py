@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from components.common.contracts import END_OF_TIME, UTC, conform, read_parquet
+from components.common.contracts import END_OF_TIME, TIMESTAMP, conform, read_parquet
 from components.data.sources import RawTables, brief
 
 AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
@@ -51,7 +51,7 @@ def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
         {
             "user_id": kept["user_id"],
             "item_id": kept["item_id"],
-            "timestamp": pc.multiply(kept["seconds"], 1_000_000).cast(UTC),
+            "timestamp": pc.multiply(kept["seconds"], 1_000_000).cast(TIMESTAMP),
             "label": pc.greater(kept["rating"], NEUTRAL_RATING).cast(pa.int8()),
         }
     ).sort_by([("timestamp", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")])

@@ -16,8 +16,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 
-from components.common.contracts import EVENTS, ORACLE
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import EVENTS, ORACLE, TIMESTAMP
 from components.data.sources import RawTables
 
 TOPICS = {

@@ -110,7 +110,7 @@ class Tables:
         rows = self.db.execute(
             f"select row from {table}_broken where file = ? and row >= ?", [file.name, row]
         ).fetchnumpy()
-        at = rows["row"].astype("int64")
+        at = np.asarray(rows["row"], np.int64)
         if len(at):
             self.db.register("numbers", pa.table({"row": at, "line": lines[at - row]}))
             self.db.execute(

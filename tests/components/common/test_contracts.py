@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ from components.common.contracts import (
     ITEMS,
     OPTIONAL,
     ORACLE,
+    TIMESTAMP,
     USERS,
-    UTC,
     VECTORS,
     Canonical,
     attributes,
@@ -28,7 +27,7 @@ from components.common.contracts import (
 )
 from tests.components.small_world import with_column
 
-NOON = datetime(2024, 3, 1, 12, tzinfo=ZONE)
+NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
 
 
 def events(rows: int = 3) -> pa.Table:
@@ -36,7 +35,7 @@ def events(rows: int = 3) -> pa.Table:
         {
             "user_id": pa.array(range(rows), pa.int64()),
             "item_id": pa.array(range(rows), pa.int64()),
-            "timestamp": pa.array([NOON + timedelta(seconds=i) for i in range(rows)], UTC),
+            "timestamp": pa.array([NOON + timedelta(seconds=i) for i in range(rows)], TIMESTAMP),
             "label": pa.array([i % 2 for i in range(rows)], pa.int8()),
         }
     )
@@ -71,7 +70,7 @@ def test_lists_of_other_kinds_come_out_as_the_contract() -> None:
     items = pa.table(
         {
             "item_id": [1],
-            "created_at": pa.array([NOON], UTC),
+            "created_at": pa.array([NOON], TIMESTAMP),
             "title": pa.array(["a"], pa.large_string()),
             "tags": pa.array([["x"]], pa.large_list(pa.large_string())),
             "text": pa.nulls(1),
@@ -156,7 +155,7 @@ def test_days_keep_every_row_and_its_order(tmp_path: Path) -> None:
         {
             "user_id": np.arange(rows),
             "item_id": np.zeros(rows, np.int64),
-            "timestamp": pa.array(second * 1_000_000).cast(UTC),
+            "timestamp": pa.array(second * 1_000_000).cast(TIMESTAMP),
             "label": np.zeros(rows, np.int8),
             "device": pa.array(["a", None] * (rows // 2)),
         }

@@ -7,8 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pytest
 
 from components.common.artifacts import folder_hash
 from components.common.config import parse_time
-from components.common.contracts import EVENTS, UTC, Canonical, attributes
+from components.common.contracts import EVENTS, TIMESTAMP, Canonical, attributes
 from components.data import ingest, revisions
 from components.data.sources import RawTables
 from components.data.sources.simulator import read
@@ -238,7 +237,7 @@ def test_a_broken_parquet_file_beside_movielens(movielens: Path, tmp_path: Path)
 
 
 def test_a_time_of_no_zone_is_never_taken_for_utc() -> None:
-    assert parse_time("x", "2024-03-01T02:00:00+02:00") == datetime(2024, 3, 1, tzinfo=ZONE)
+    assert parse_time("x", "2024-03-01T02:00:00+02:00") == datetime(2024, 3, 1, tzinfo=UTC)
     with pytest.raises(ValueError, match=r"x is '2024-03-01', a time without a zone; add one, e\.g\. (.*)") as caught:
         parse_time("x", "2024-03-01")
     parse_time("x", str(caught.value).split()[-1])  # what it says to write can be written
@@ -276,7 +275,7 @@ def test_what_a_source_left_out_is_counted_and_kept(raw: RawTables, tmp_path: Pa
         ingest_tables(replace(raw, rejected={"torn": pa.table({"line": ["?"] * 40})}), tmp_path / "third")
 
 
-NOON = datetime(2024, 3, 1, 12, tzinfo=ZONE)
+NOON = datetime(2024, 3, 1, 12, tzinfo=UTC)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
@@ -378,7 +377,7 @@ def test_rows_without_a_user_are_no_versions_of_each_other(raw: RawTables, tmp_p
     assert facts["rows"] == {"read": 303, "later": 0, "written": 300, "left_out": {"unknown user": 3}}
 
 
-FAR = datetime(2099, 1, 1, tzinfo=ZONE)
+FAR = datetime(2099, 1, 1, tzinfo=UTC)
 UNTIL = NOON + DAY
 NOT_YET = "not known before until"
 
@@ -465,7 +464,7 @@ def by_impression(rows: list[dict[str, Any]]) -> list[list[int]]:
     for at, row in enumerate(rows):
         groups.setdefault((row["user_id"], row["item_id"], row["timestamp"]), []).append(at)
     for group in groups.values():
-        group.sort(key=lambda at: (rows[at]["created_at"] or datetime.min.replace(tzinfo=ZONE), at))
+        group.sort(key=lambda at: (rows[at]["created_at"] or datetime.min.replace(tzinfo=UTC), at))
     return sorted(groups.values())
 
 
@@ -474,10 +473,10 @@ def drawn(seed: int, rows: int = 300) -> pa.Table:
     return pa.table(
         {
             "user_id": rng.integers(-1, 3, rows), "item_id": rng.integers(0, 4, rows),
-            "timestamp": pa.array(rng.integers(0, 4, rows)).cast(UTC),
+            "timestamp": pa.array(rng.integers(0, 4, rows)).cast(TIMESTAMP),
             "label": pa.array(rng.integers(0, 2, rows), pa.int8()),
             "device": pa.array(rng.choice(["a", "b"], rows), mask=rng.random(rows) < 0.3),
-            "created_at": pa.array(rng.integers(0, 6, rows), mask=rng.random(rows) < 0.2).cast(UTC),
+            "created_at": pa.array(rng.integers(0, 6, rows), mask=rng.random(rows) < 0.2).cast(TIMESTAMP),
         }
     )  # fmt: skip
 

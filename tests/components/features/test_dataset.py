@@ -6,8 +6,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+<<<<<<< HEAD
 from datetime import UTC as ZONE
 from datetime import datetime, timedelta
+=======
+from datetime import UTC, datetime
+>>>>>>> 19244f1 (The Arrow type of times is TIMESTAMP; UTC is the zone)
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ import pytest
 import torch
 
 from components.common.artifacts import folder_hash
-from components.common.contracts import ARRIVAL, ORACLE, UTC, Canonical
+from components.common.contracts import ARRIVAL, ORACLE, TIMESTAMP, Canonical
 from components.common.dataset import Dataset, narrow, popularity_level
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data.sources import RawTables
@@ -216,7 +220,7 @@ def test_a_late_correction_changes_no_byte_of_yesterdays_dataset(tmp_path: Path)
         events = raw.events.filter(pa.array(rows))
         label = events["label"].to_numpy()
         events = with_column(events, "label", 1 - label if flip else label, pa.int8())
-        return events.append_column(ARRIVAL, pa.array(np.broadcast_to(arrival, len(moment))[rows]).cast(UTC))
+        return events.append_column(ARRIVAL, pa.array(np.broadcast_to(arrival, len(moment))[rows]).cast(TIMESTAMP))
 
     late = np.arange(len(moment)) % 11 == 0
     early = delivery(~late, moment + 500_000, flip=False)
@@ -230,7 +234,7 @@ def test_a_late_correction_changes_no_byte_of_yesterdays_dataset(tmp_path: Path)
         "corrected since": ([*later, early], until),
         "of a later day": ([*later, early], end),
     }.items():
-        moment_of = datetime.fromtimestamp(at / 1e6, ZONE).isoformat()
+        moment_of = datetime.fromtimestamp(at / 1e6, UTC).isoformat()
         made = prepare(replace(raw, events=pa.concat_tables(tables)), tmp_path / name, moment_of)
         features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
         dataset.run(CONFIG, SPLIT, made.canonical, made.features, made.repo, made.dataset)

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.common.artifacts import folder_hash, read_json
-from components.common.contracts import ARRIVAL, Canonical
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.common.dataset import popularity_level
 from components.features import features, views
 from components.features.store import check_online, feature_store

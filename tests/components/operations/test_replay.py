@@ -16,8 +16,7 @@ import yaml
 
 from components.__main__ import main
 from components.common.artifacts import folder_hash, write_json
-from components.common.contracts import ARRIVAL, Canonical
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import ingest
 from components.features import embed, features, views
 from components.features.embed import EmbedConfig
