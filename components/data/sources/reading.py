@@ -29,6 +29,7 @@ KNOWN_SEPARATORS = (",", ";", "\t", "|")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 BATCH = 65_536  # rows of parquet at once
 BLOCK = 1 << 24  # bytes of CSV at once
+FIRST_BLOCK = 1 << 16  # after a stray quote
 LONGEST_RECORD = 1 << 20  # bytes that a quoted value may be continued for in the next block
 HEADER = 1 << 20  # bytes in which the header must end
 MARK = "\x1e"  # a record of our own at the end of a block: a quote that is still open swallows it
@@ -198,29 +199,34 @@ def _header(data: bytes, usual: str) -> tuple[list[str], str, int]:
 
 
 def _csv_batches(opened: Any, usual: str, strict: set[str]) -> Iterator[Batch]:
-    """All columns of the file; no value of the strict ones has a line break."""
-    rest, line = b"", 1
-    names: list[str] = []
-    separator = usual
+    """All columns of the file; no value of the strict ones has a line break.
+
+    After a line with a stray quote the blocks are small, because what follows is parsed again; then they grow.
+    """
+    data = _read(opened, max(BLOCK, HEADER))
+    names, separator, start = _header(data, usual)
+    line, size, more = 1 + len(_line_ends(data[:start])), BLOCK, True
     while True:
-        data = _read(opened, BLOCK)
-        block, more = rest + data, bool(data)
-        if not names:
-            names, separator, end = _header(block, usual)
-            line += len(_line_ends(block[:end]))
-            block = block[end:]
-        cut = len(block)
-        if more:
-            cut = 1 + (block.rfind(b"\n") if b"\n" in block else block.rfind(b"\r", 0, -1))
-        if not cut and len(block) > BLOCK:
-            raise ValueError(f"no line ends in {len(block):,} bytes, so this is no CSV")
-        whole, rest = block[:cut], block[cut:]
-        if whole:
-            batch, used = _parse_block(whole, line, names, separator, strict, more=more)
-            line += len(_line_ends(whole[:used]))
-            rest = whole[used:] + rest
+        if more and len(data) - start < size:
+            read = _read(opened, max(size, BLOCK))
+            data, start, more = data[start:] + read, 0, bool(read)
+        stop = min(start + size, len(data))
+        is_last = stop == len(data) and not more
+        if not is_last:  # whole lines, and not between \r and \n
+            at = max(data.rfind(b"\n", start, stop), data.rfind(b"\r", start, stop - 1))
+            if at < start:
+                if size > 4 * BLOCK:
+                    raise ValueError(f"line {line:,} has more than {4 * BLOCK:,} bytes, so this is no CSV")
+                size *= 2
+                continue
+            stop = at + 1
+        if start < stop:
+            batch, used, is_stray = _parse_block(data[start:stop], line, names, separator, strict, more=not is_last)
+            size = FIRST_BLOCK if is_stray else size * 2 if not used else min(size * 2, BLOCK)
+            line += len(_line_ends(data[start : start + used]))
+            start += used
             yield batch
-        if not more:
+        elif is_last:
             return
 
 
@@ -236,66 +242,47 @@ def _line_ends(data: bytes) -> np.ndarray:
 
 def _parse_block(
     block: bytes, first_line: int, names: list[str], separator: str, strict: set[str], *, more: bool
-) -> tuple[Batch, int]:
-    """The records of whole lines, and how many bytes of them were used.
+) -> tuple[Batch, int, bool]:
+    """The records of whole lines; how many bytes of them were used; and whether a stray quote ended the reading.
 
-    With `more`, a record that is open at the end of the block is left for the next one. Each round takes out the lines
-    with stray quotes that it finds and parses the others again; of many such lines it finds about half in a round.
+    With `more`, a record that is open at the end is left for the next block. A line with a stray quote is the last that
+    is used: all that was parsed after it may be wrong.
     """
     bytes_B = np.frombuffer(block, np.uint8)
     stops = _line_ends(block)
     starts = np.append(0, stops[:-1])
-    sizes = stops - starts
-    is_empty = (sizes <= 2) & np.isin(bytes_B[starts], (10, 13)) & np.isin(bytes_B[stops - 1], (10, 13))
-    kept = np.ones(len(sizes), dtype=bool)
-    broken: list[tuple[int, str, str]] = []
-
-    def note(at: int, reason: str) -> None:
-        text = block[starts[at] : stops[at]].decode(errors="replace").rstrip("\r\n")
-        broken.append((first_line + at, reason, text))
-
-    while True:
-        text = block if kept.all() else bytes_B[np.repeat(kept, sizes)].tobytes()
-        table, torn, is_open = _parse(text, names, separator)
-        is_torn = np.zeros(len(table) + len(torn), dtype=bool)
-        is_torn[[number - 1 for number, _ in torn]] = True
-        lines = np.flatnonzero(kept & ~is_empty)
-        spans = np.zeros(len(is_torn), dtype=np.int64)  # lines that a record has beyond its first
-        strays = np.zeros(len(is_torn), dtype=bool)
-        if len(lines) != len(is_torn):
-            spans[~is_torn], strays[~is_torn] = _line_breaks(table, separator, strict)
-            spans[is_torn] = [len(LINE_BREAKS.findall(record.rstrip("\r\n"))) for _, record in torn]
-            strays |= is_torn & (spans > 0)
-        ends = np.cumsum(1 + spans)
-        if not is_open and len(lines) != (ends[-1] if len(ends) else 0):
-            raise ValueError(f"the records of the {len(lines):,} lines from {first_line:,} on cannot be told apart")
-        begins = lines[(ends - 1 - spans)]
-        used = len(block)
-        if is_open:
+    is_empty = (stops - starts <= 2) & np.isin(bytes_B[starts], (10, 13)) & np.isin(bytes_B[stops - 1], (10, 13))
+    lines = np.flatnonzero(~is_empty)
+    table, torn, is_open = _parse(block, names, separator)
+    is_torn = np.zeros(len(table) + len(torn), dtype=bool)
+    is_torn[[number - 1 for number, _ in torn]] = True
+    spans = np.zeros(len(is_torn), dtype=np.int64)  # lines that a record has after its first
+    strays = np.zeros(len(is_torn), dtype=bool)
+    if len(lines) != len(is_torn):
+        spans[~is_torn], strays[~is_torn] = _line_breaks(table, separator, strict)
+        spans[is_torn] = [len(LINE_BREAKS.findall(record.rstrip("\r\n"))) for _, record in torn]
+        strays |= is_torn & (spans > 0)
+    ends = np.cumsum(1 + spans)
+    if not is_open and len(lines) != (ends[-1] if len(ends) else 0):
+        raise ValueError(f"the records of the {len(lines):,} lines from line {first_line:,} on cannot be told apart")
+    begins = lines[ends - 1 - spans]
+    used, read, is_stray = len(block), len(is_torn), False
+    if is_open:
+        tail = int(starts[begins[-1]])
+        if more and len(block) - tail <= LONGEST_RECORD and not strays[:-1].any():
+            used, read = tail, read - 1
             strays[-1] = False
-            if not strays.any():
-                tail = int(starts[begins[-1]])
-                if more and len(block) - tail <= LONGEST_RECORD:
-                    used = tail
-                    table, is_torn, begins = _without_last(table, is_torn, begins)
-                else:
-                    strays[-1] = True
-        if not strays.any():
-            break
-        for at in begins[strays]:
-            note(at, OPEN_QUOTE)
-        kept[begins[strays]] = False
-    for at in begins[is_torn]:
-        note(at, TORN)
-    found = pa.Table.from_pylist(
-        [dict(zip(BROKEN.names, values, strict=True)) for values in sorted(broken)], schema=BROKEN
-    )
-    return Batch(table, first_line + begins[~is_torn], found), used
-
-
-def _without_last(table: pa.Table, is_torn: np.ndarray, begins: np.ndarray) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    rows = len(table) - (not is_torn[-1])
-    return table.slice(0, rows), is_torn[:-1], begins[:-1]
+        else:
+            strays[-1] = True
+    if strays.any():
+        read, is_stray = int(np.argmax(strays)), True
+        used = int(stops[begins[read]])
+    broken = [(at, TORN) for at in begins[:read][is_torn[:read]]] + ([(begins[read], OPEN_QUOTE)] if is_stray else [])
+    values = [block[starts[at] : stops[at]].decode(errors="replace").rstrip("\r\n") for at, _ in broken]
+    found = [pa.array([first_line + at for at, _ in broken]), pa.array([why for _, why in broken]), pa.array(values)]
+    rows = begins[:read][~is_torn[:read]]
+    table = table.slice(0, len(rows))
+    return Batch(table, first_line + rows, pa.table(found, names=BROKEN.names).cast(BROKEN)), used, is_stray
 
 
 def _parse(text: bytes, names: list[str], separator: str) -> tuple[pa.Table, list[tuple[int, str]], bool]:
@@ -322,8 +309,9 @@ def _parse(text: bytes, names: list[str], separator: str) -> tuple[pa.Table, lis
 def _line_breaks(table: pa.Table, separator: str, strict: set[str]) -> tuple[np.ndarray, np.ndarray]:
     """How many lines each row spans beyond its first; and which rows hold lines that must be rows of their own.
 
-    No value of a strict column has a line break. A value of another column may have some, unless what follows each of
-    them has the separators of a row.
+    No value of a strict column has a line break. A value of another column may have some, unless the lines in it look
+    like rows: they have the separators of a row, and begin with a number where the rows do. Where rows do not, all
+    lines must look like rows: many a line of a text has a few commas.
     """
     spans, strays = np.zeros(len(table), dtype=np.int64), np.zeros(len(table), dtype=bool)
     mark = rf"\x{ord(separator):02x}"
@@ -339,11 +327,12 @@ def _line_breaks(table: pa.Table, separator: str, strict: set[str]) -> tuple[np.
         if name in strict:
             strays[rows] = True
             continue
-        is_number = pc.all(pc.match_substring_regex(table[table.column_names[0]], r"^[+-]?\d+$")).as_py()
+        is_number = pc.mean(pc.match_substring_regex(table[table.column_names[0]], r"^[+-]?\d+$")).as_py() > 0.5
         first = numbers if is_number else cell
         count = min(len(table.column_names), MOST_REPEATS)
         row = first + f"(?:{cell}){{{max(count - 2, 0)}}}[^\n]*"
         last = (first if at else "") + f"(?:{cell}){{{min(max(at - 1, 0), MOST_REPEATS)}}}[^\n]*"
-        looks_so = pc.match_substring_regex(values, f"^[^\n]*(?:\n{row})*\n{last}$").to_numpy()
+        form = f"^[^\n]*(?:\n{row})*\n{last}$" + (f"|\n{row}\n" if is_number else "")
+        looks_so = pc.match_substring_regex(values, form).to_numpy()
         strays[rows[looks_so]] = True
     return spans, strays

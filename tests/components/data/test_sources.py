@@ -313,6 +313,25 @@ def test_movielens_with_a_file_cut_short(movielens: Callable[..., Path]) -> None
         ingested(raw)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("4::30::0::978300760", "rating is not 1 to 5"),
+        ("4::30::9::978300760", "rating is not 1 to 5"),
+        ("4::30::5::-5", "time is not in the years 1970 to 9999"),
+        ("4::30::5::978300760000", "time is not in the years 1970 to 9999"),
+    ],
+)
+def test_movielens_with_a_value_that_cannot_be(line: str, reason: str, movielens: Callable[..., Path]) -> None:
+    raw = movielens(ratings=RATINGS + line + "\n")
+    config = replace(ingest_config("movielens", str(raw), until=None), max_rejected=0.2)
+    facts = ingest.run(config, raw.with_name("canonical"))
+    assert facts["rows"]["left_out"] == {reason: 1, "rating of 3": 2}
+    assert Canonical(raw.with_name("canonical")).events().num_rows == 4
+    with pytest.raises(ValueError, match=rf"movielens: 1 of 7 rows are broken.*{reason}: 1, e\.g\. "):
+        ingested(raw)
+
+
 REAL = PROJECT.parent / "shared" / "data" / "ml-1m"
 
 
@@ -336,61 +355,3 @@ def test_unknown_source_and_absent_path() -> None:
     with pytest.raises(ValueError, match=r"'s3://bucket/data' is not there; name the path of the microlens files"):
         sources.check("microlens", "s3://bucket/data")
     sources.check("files", "s3://bucket/data")  # opened when it is read
-
-
-@pytest.fixture
-def params(tmp_path: Path) -> Path:
-    copy = tmp_path / "params.yaml"
-    copy.write_text((PROJECT / "params.yaml").read_text())
-    return copy
-
-
-def test_use_writes_two_values_and_keeps_every_comment(params: Path, tmp_path: Path) -> None:
-    before = params.read_text().splitlines()
-    sources.use("movielens", str(tmp_path), params)
-    after = params.read_text().splitlines()
-    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
-    assert [a.split()[0] for a, _ in changed] == ["source:", "raw:"]
-    assert changed[0][1].startswith("  source: movielens ")
-    assert changed[1][1].startswith(f"  raw: {tmp_path} ")
-    for a, b in changed:
-        assert "#" in a and a.split("#")[1] == b.split("#")[1]
-
-
-def test_use_goes_back_to_the_simulator(params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(PROJECT)
-    before = [line.split("#")[0].rstrip() for line in params.read_text().splitlines()]
-    sources.use("movielens", str(tmp_path), params)
-    sources.use("simulator", None, params)
-    assert [line.split("#")[0].rstrip() for line in params.read_text().splitlines()] == before
-
-
-def test_use_of_what_is_used_already_touches_nothing(params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(PROJECT)
-    before = params.stat()
-    sources.use("simulator", None, params)
-    assert (params.stat().st_ino, params.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-@pytest.mark.parametrize(
-    ("source", "raw", "told"),
-    [
-        ("kaggle", None, "unknown source 'kaggle'"),
-        ("movielens", None, "movielens reads files: name their path with --raw PATH"),
-        ("movielens", "no/such", "'no/such' is not there"),
-    ],
-)
-def test_use_refuses_bad_input_and_touches_nothing(source: str, raw: str | None, told: str, params: Path) -> None:
-    before = params.read_bytes()
-    with pytest.raises(ValueError, match=told):
-        sources.use(source, raw, params)
-    assert params.read_bytes() == before
-    assert [file.name for file in params.parent.iterdir()] == ["params.yaml"]
-
-
-def test_use_needs_a_params_file_with_the_section(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"params\.yaml is not there"):
-        sources.use("movielens", str(tmp_path), tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("embed: {dim: 4}\n")
-    with pytest.raises(ValueError, match="no section 'ingest'"):
-        sources.use("movielens", str(tmp_path), tmp_path / "params.yaml")
