@@ -290,7 +290,7 @@ def _features(group: _Group, taken: set[str], notes: list[str] | None) -> tuple[
             left[name] = "known only after the impression"
         elif values.nunique() <= 1:
             left[name] = "one value"
-        elif values.nunique() == len(values) > FEW and kind in ("whole", "text"):
+        elif values.nunique() == len(values) > FEW and kind in ("text", "whole" if notes is not None else "text"):
             left[name] = "another value in every row"
         elif kind == "text" and values.dropna().str.len().mean() > 60:
             left[name] = "long texts"

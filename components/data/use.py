@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from components.common.artifacts import new_file
@@ -56,8 +57,8 @@ def use(source: str, raw: str | None, params: Path) -> None:
     console = Console(highlight=False)
     _show(console, source, raw, events, found)
     if note := keep_out_of_git(raw, params):
-        console.print(note, markup=False)
-    console.print(f"{params} now names this source. Next: dvc repro", markup=False)
+        console.print(note, markup=False, soft_wrap=True)
+    console.print(f"{params} now names this source. Next: dvc repro", markup=False, soft_wrap=True)
 
 
 def _require_mapping(raw: str, events: str | list[str] | dict[str, Any] | None) -> None:
@@ -95,7 +96,7 @@ def _write(source: str, raw: str, params: Path) -> None:
 
 def _show(console: Console, source: str, raw: str, events: pa.Table, found: RawTables) -> None:
     """The columns of the tables, and the figures of the rows that were looked at."""
-    table = Table("table", "column", "type", "use", "example", title=f"{source}: {raw}", title_justify="left")
+    table = Table("table", "column", "type", "use", "example", title=escape(f"{source}: {raw}"), title_justify="left")
     numeric = found.facts.get("numeric", [])
     tables = {"events": (events, EVENTS), "users": (found.users, USERS), "items": (found.items, ITEMS)}
     for name, (rows, schema) in tables.items():
@@ -104,7 +105,7 @@ def _show(console: Console, source: str, raw: str, events: pa.Table, found: RawT
             values = rows[column].drop_null()
             use = ("number, in buckets" if column in numeric else "feature") if column in features else "canonical"
             example = brief(values[0].as_py())[:40] if len(values) else "null"
-            table.add_row(name, column, str(rows[column].type), use, example.replace("[", r"\["))
+            table.add_row(name, column, str(rows[column].type), use, escape(example))
         table.add_section()
     console.print(table)
     facts: dict[str, Any] = {"rows looked at": f"{len(events):,}"}

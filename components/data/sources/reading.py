@@ -93,6 +93,12 @@ class File:
             first = _read(opened, HEADER)
             return _header(first, SEPARATORS[self.ending])[:2]
 
+    def unusual_separator(self) -> str | None:
+        """A sentence for a person, where a CSV file has another separator than its ending says."""
+        if self.ending == ".parquet" or (separator := self.header()[1]) == SEPARATORS[self.ending]:
+            return None
+        return f"the columns are separated by {separator!r}, as in its header"
+
     def batches(self, columns: list[str], texts: tuple[str, ...] = ()) -> Iterator[Batch]:
         """These columns. In CSV, a value may have line breaks where its column is one of `texts` or is not read."""
         if self.ending != ".parquet":

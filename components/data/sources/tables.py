@@ -10,6 +10,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from rich.console import Console
 
 from components.common.contracts import SPLIT
 from components.data.sources import brief, values
@@ -52,6 +53,8 @@ class Tables:
                     f"ingest.files.{table}: {file.name} has {list(theirs)}, the files before it {columns}; "
                     "give all files of a table the same columns"
                 )
+            if not columns and (note := file.unusual_separator()):
+                Console(stderr=True, highlight=False).print(f"{file.name}: {note}", markup=False, soft_wrap=True)
             columns = list(theirs)
             texts = tuple(name for ours, name in theirs.items() if ours in TEXTS)
             row = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import math
 import sys
@@ -25,7 +26,7 @@ from components.common.contracts import Canonical
 from components.common.dataset import UNSEEN, Dataset
 from components.common.splits import SplitConfig, split_rows
 from components.data import ingest, validate
-from components.data.sources import reading
+from components.data.sources import reading, values
 from components.data.sources.files import FilesConfig, TableConfig
 from components.features import dataset, embed, features
 from components.features.dataset import DatasetConfig
@@ -396,6 +397,137 @@ def test_an_arrival_column_makes_the_newest_row_count(ingested: Any) -> None:
     assert facts["rows"]["left_out"] == {"corrected later": 6} and facts["label_rate"] == 1
     facts, _ = ingested(files, mapped(events), until=(NOON + timedelta(hours=3)).isoformat())
     assert facts["rows"] == {"read": 12, "later": 6, "written": 6, "left_out": {}} and facts["label_rate"] == 0
+
+
+# ---- rows that a quote swallowed, infinity, and other forms of a file ---------------------------------------------
+
+
+def test_stray_quotes_are_counted_and_lose_no_other_row(ingested: Any) -> None:
+    rows = table(1800).set_column(4, "device", pa.array([f"device {i}" for i in range(1800)]))
+    text = as_csv(rows).decode().replace('"', "").replace(",device 5,", ',"device 5,').replace(",device 105,", ',"105,')
+    facts, data = ingested({"events/a.csv": text.encode()}, mapped(), max_rejected=0.01)
+    reason = 'a quote (") is not closed on its line'
+    assert facts["rows"] == {"read": 1800, "later": 0, "written": 1798, "left_out": {reason: 2}}
+    (file,) = (data.root / "quarantine").iterdir()
+    assert pq.read_table(file)["line"].to_pylist() == [7, 107]
+    with pytest.raises(ValueError, match=r"2 of 1800 rows are broken.*not closed on its line: 2, e\.g\. .*'line': '7'"):
+        ingested({"events/a.csv": text.encode()}, mapped())
+
+
+def test_a_message_shows_the_start_of_a_value(ingested: Any) -> None:
+    text = as_csv(table()) + b"x" * 100_000
+    with pytest.raises(ValueError, match=r"line is torn: 1, e\.g\. .*'values': 'xxx.*100,000 characters") as caught:
+        ingested({"events/a.csv": text}, mapped())
+    assert len(str(caught.value)) < 1000
+    users = replace(NO_TABLE, path="users.csv", columns={"user_id": "uid"}, categorical=["name"])
+    with pytest.raises(
+        ValueError, match=r"1 broken row\(s\), e\.g\. in .*users\.csv, line 3: uid is missing"
+    ) as caught:
+        ingested({**FILES, "users.csv": b"uid,name\n7,a\n," + b"y" * 100_000}, mapped(users=users))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", ["inf", "-Infinity", "1e999"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_an_infinite_number_sends_its_row_to_quarantine(value: str, form: str, ingested: Any) -> None:
+    price = pa.array(["1.5", "", "nan", value, "2", "3"])
+    rows = table().set_column(5, "price", price if form == "csv" else price.cast(pa.string()))
+    files = {f"events/a.{form}": as_csv(rows) if form == "csv" else rows}
+    facts, data = ingested(files, mapped(), max_rejected=0.2)
+    assert facts["rows"]["left_out"] == {"price is infinite": 1}
+    assert data.events()["price"].to_pylist() == ["1", None, None, "2", "1"]
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_another_separator_is_read_as_the_header_has_it(
+    separator: str, ingested: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts, _ = ingested({"events/a.csv": as_csv(table(), separator)}, mapped())
+    assert facts["rows"]["written"] == 6
+    assert f"a.csv: the columns are separated by {separator!r}, as in its header" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"has no column 'uid'.*separate the columns by a comma, a semicolon, a tab"):
+        ingested({"events/a.csv": b"at uid doc click\n1 2 3 1\n"}, mapped())
+
+
+def test_usual_words_for_the_parts_are_taken_and_counted(ingested: Any) -> None:
+    words = pa.array(["Validation", "train", "testing", "train", "val", "training"])
+    columns = {k: v for k, v in EVENTS.columns.items() if k != "timestamp"} | {"split": "fold"}
+    rows = table().append_column("fold", words)
+    facts, data = ingested({"events/a.csv": as_csv(rows)}, mapped(replace(EVENTS, columns=columns)))
+    assert data.events()["split"].to_pylist() == ["train"] * 3 + ["valid"] * 2 + ["test"]
+    assert facts["split_words"] == {"Validation": 1, "train": 2, "testing": 1, "val": 1, "training": 1}
+    rows = table().append_column("fold", pa.array(["train", "valid", "holdout"] * 2))
+    with pytest.raises(ValueError, match=r"fold is none of train, valid, test: 2, e\.g\. .*holdout"):
+        ingested({"events/a.csv": as_csv(rows)}, mapped(replace(EVENTS, columns=columns)))
+
+
+def test_a_list_of_paths(ingested: Any) -> None:
+    files = {"b/1.parquet": table(4), "a/1.csv": as_csv(table(2, first=4)), "c.csv": as_csv(table())}
+    _, data = ingested(files, mapped(replace(EVENTS, path=["b/*.parquet", "a/1.csv"])))
+    assert data.events().num_rows == 6
+    with pytest.raises(ValueError, match="path is an empty list"):
+        replace(EVENTS, path=[])
+    with pytest.raises(ValueError, match="only the events have a path for each part"):
+        mapped(users=replace(NO_TABLE, path={"train": "a", "valid": "b"}))
+
+
+# ---- ids that are text --------------------------------------------------------------------------------------------
+
+
+def hashed(text: str) -> int:
+    """63 bits of the MD5, as anybody can count them again."""
+    return int.from_bytes(hashlib.md5(text.encode()).digest()[:8], "little") >> 1
+
+
+def with_text_ids(rows: pa.Table) -> pa.Table:
+    for at, name in ((1, "uid"), (2, "doc")):
+        ids = pa.array([f"{name}-{value}" for value in rows[name].to_pylist()])
+        rows = rows.set_column(at, name, ids)
+    return rows
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_text_ids_are_encoded_and_have_a_vocabulary(form: str, ingested: Any) -> None:
+    rows = with_text_ids(table())
+    items = pa.table({"doc": [f"doc-{i}" for i in (50, 51, 52, 53, 99)], "name": ["A", "B", None, "D", "E"]})
+    vectors = pa.table({"item_id": ["doc-50", "doc-52"], "vector": [[1.0], [2.0]]})
+    mapping = mapped(
+        items=replace(NO_TABLE, path="items.csv", columns={"item_id": "doc", "title": "name"}),
+        vectors={"image": "vectors.parquet"},
+    )
+    events = {f"events/a.{form}": as_csv(rows) if form == "csv" else rows}
+    _, data = ingested({**events, "items.csv": as_csv(items), "vectors.parquet": vectors}, mapping)
+    assert data.events()["user_id"].to_pylist() == [hashed(f"uid-{7 + i % 3}") for i in range(6)]
+    assert data.events()["item_id"].to_pylist() == [hashed(f"doc-{50 + i % 4}") for i in range(6)]
+    assert set(data.items()["item_id"].to_pylist()) == {hashed(text) for text in items["doc"].to_pylist()}
+    titles = dict(zip(data.items()["item_id"].to_pylist(), data.items()["title"].to_pylist(), strict=True))
+    assert titles[hashed("doc-52")] == "doc-52" and titles[hashed("doc-50")] == "A"
+    assert data.modalities()["image"]["item_id"].to_pylist() == sorted(map(hashed, ["doc-50", "doc-52"]))
+    users = pq.read_table(data.root / "users_vocabulary.parquet").to_pylist()
+    assert {row["text"]: row["user_id"] for row in users} == {t: hashed(t) for t in ("uid-7", "uid-8", "uid-9")}
+    words = pq.read_table(data.root / "items_vocabulary.parquet").to_pylist()
+    assert {row["text"]: row["item_id"] for row in words} == {t: hashed(t) for t in items["doc"].to_pylist()}
+
+
+def test_a_text_has_the_same_id_whatever_else_is_there(ingested: Any) -> None:
+    rows = with_text_ids(table(40))
+    _, data = ingested({"events/a.csv": as_csv(rows.slice(30))}, mapped())
+    later = data.events()["user_id"].to_pylist()
+    _, data = ingested({"events/a.csv": as_csv(rows)}, mapped())
+    assert data.events()["user_id"].to_pylist()[30:] == later
+
+
+def test_a_text_id_that_is_missing_is_broken_and_digits_are_a_text_too(ingested: Any) -> None:
+    users = pa.array(["ann", "", "007", "bob", "7", "ann"])
+    facts, data = ingested({"events/a.parquet": table().set_column(1, "uid", users)}, mapped(), max_rejected=0.2)
+    assert facts["rows"]["left_out"] == {"uid is missing": 1}
+    assert data.events()["user_id"].to_pylist() == [hashed(text) for text in ("ann", "007", "bob", "7", "ann")]
+
+
+def test_two_texts_of_one_id_stop_ingest(ingested: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "text_id", lambda words: f"(md5_number_upper({words}::varchar) & 1)::bigint")
+    with pytest.raises(ValueError, match=r"user_id 'uid-.' and 'uid-.' have the same 63 bits of MD5; rename one"):
+        ingested({"events/a.parquet": with_text_ids(table())}, mapped())
 
 
 # ---- what the mapping and the files do not agree on -------------------------------------------------------------
