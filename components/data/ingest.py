@@ -55,19 +55,21 @@ SHOWN = 14  # unusual days in the terminal; source.json has all
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """source        simulator, movielens, microlens or files
-    raw           the path the source reads; the simulator has no files, its code is its input
-    until         ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
-                  measured back from it; null takes every event, and then freshness is not judged
-    max_rejected  share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
-    simulator     the world that the simulator draws
-    files         your own tables, where the source is `files`
+    """source         simulator, movielens, microlens or files
+    raw            the path the source reads; the simulator has no files, its code is its input
+    until          ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
+                   measured back from it; null takes every event, and then freshness is not judged
+    max_rejected   share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
+    picture_hosts  host names from which pictures by URL may be fetched; without any, no URL is fetched
+    simulator      the world that the simulator draws
+    files          your own tables, where the source is `files`
     """
 
     source: str
     raw: str
     until: str | None
     max_rejected: float
+    picture_hosts: list[str]
     simulator: SimulatorConfig
     files: FilesConfig
 
@@ -210,7 +212,7 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
 
     An item whose picture is left out has none, as one that names none. Raises ValueError where they are too many.
     """
-    left_out = pictures.copy(named, config.raw, folder / "pictures.parquet")
+    left_out = pictures.copy(named, config.raw, folder / "pictures.parquet", config.picture_hosts)
     if len(left_out) > config.max_rejected * len(named):
         raise ValueError(
             f"{config.source}: {len(left_out)} of {len(named)} pictures cannot be read, more than "

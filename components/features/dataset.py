@@ -21,7 +21,16 @@ from torch import Tensor
 
 from components.common.artifacts import file_hash, new_folder, read_json, write_json
 from components.common.config import parse_time
-from components.common.contracts import EVENTS, ITEMS, ORACLE, UTC, Canonical, attributes, read_parquet, vector_matrix
+from components.common.contracts import (
+    EVENTS,
+    ITEMS,
+    ORACLE,
+    TIMESTAMP,
+    Canonical,
+    attributes,
+    read_parquet,
+    vector_matrix,
+)
 from components.common.dataset import UNSEEN, encode_column, narrow, popularity_level
 from components.common.splits import SplitConfig, split_rows
 from models.encoder import save_encoder
@@ -127,11 +136,11 @@ def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None
 
     item_ids = items["item_id"]
     if until is not None:
-        last = pa.scalar(parse_time("until", until) - timedelta(microseconds=1), UTC)
+        last = pa.scalar(parse_time("until", until) - timedelta(microseconds=1), TIMESTAMP)
     else:
         newest = (pc.max(events["timestamp"]), pc.max(items["created_at"]))
-        last = pa.scalar(max(time.as_py() for time in newest if time.is_valid), UTC)
-    every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(UTC)})
+        last = pa.scalar(max(time.as_py() for time in newest if time.is_valid), TIMESTAMP)
+    every_item = pa.table({"item_id": item_ids, "event_timestamp": pa.repeat(last, len(item_ids)).cast(TIMESTAMP)})
     impressions = events.select(["user_id", "item_id", "timestamp"]).rename_columns(
         ["user_id", "item_id", "event_timestamp"]
     )

@@ -72,8 +72,8 @@ def ingest_config(
     source: str = "simulator", raw: str | None = None, until: str | None = UNTIL, files: FilesConfig = NO_FILES
 ) -> IngestConfig:
     return IngestConfig(
-        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, simulator=SIMULATOR,
-        files=files,
+        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, picture_hosts=[],
+        simulator=SIMULATOR, files=files,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
 from components.data.thresholds import ValidateConfig
-from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, ingest_tables, with_column
 
 DAYS, ROWS, HOUR = 14, 600, 3_600_000_000
 SIZES = {"days": DAYS, "users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}

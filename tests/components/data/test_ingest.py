@@ -21,7 +21,7 @@ import pytest
 from components.common.artifacts import folder_hash
 from components.common.config import parse_time
 from components.common.contracts import EVENTS, TIMESTAMP, Canonical, attributes
-from components.data import ingest, revisions
+from components.data import ingest, revisions, sources
 from components.data.sources import RawTables
 from components.data.sources.simulator import read
 from models import schema
@@ -521,3 +521,15 @@ def test_days_that_never_came_are_told(raw: RawTables, tmp_path: Path) -> None:
     events = raw.events.filter(pc.invert(pc.is_in(day, value_set=pa.array(["03", "04"]))))
     facts = ingest_tables(replace(raw, events=events), tmp_path / "canonical")
     assert facts["unusual_days"] == {"2024-03-03": {"rows": 0}, "2024-03-04": {"rows": 0}}
+
+
+def test_pictures_come_from_named_hosts_alone(raw: RawTables, tmp_path: Path) -> None:
+    """The port is closed, so a request to it is one that fails, not one that is refused."""
+    places = pa.array(["http://127.0.0.1:9/a.png", *[None] * (len(raw.items) - 1)])
+    given = replace(raw, items=raw.items.append_column("image", places))
+    for hosts, reason in (([], "host is not in ingest.picture_hosts"), (["127.0.0.1"], "cannot be opened")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "read", lambda *_, **__: given)
+            config = replace(ingest_config(), picture_hosts=hosts)
+            with pytest.raises(ValueError, match=rf"1 of 1 pictures cannot be read.*{reason}"):
+                ingest.run(config, tmp_path / "canonical")

@@ -6,12 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-<<<<<<< HEAD
-from datetime import UTC as ZONE
-from datetime import datetime, timedelta
-=======
-from datetime import UTC, datetime
->>>>>>> 19244f1 (The Arrow type of times is TIMESTAMP; UTC is the zone)
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
