@@ -526,7 +526,7 @@ def test_days_that_never_came_are_told(raw: RawTables, tmp_path: Path) -> None:
 def test_pictures_come_from_named_hosts_alone(raw: RawTables, tmp_path: Path) -> None:
     """The port is closed, so a request to it is one that fails, not one that is refused."""
     places = pa.array(["http://127.0.0.1:9/a.png", *[None] * (len(raw.items) - 1)])
-    given = replace(raw, items=raw.items.append_column("image", places))
+    given = replace(raw, items=raw.items.append_column("image", places), modalities={})
     for hosts, reason in (([], "host is not in ingest.picture_hosts"), (["127.0.0.1"], "cannot be opened")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sources, "read", lambda *_, **__: given)
