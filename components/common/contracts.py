@@ -6,6 +6,7 @@
     modalities/NAME.parquet                item_id, vector: float32, one length; a missing modality is null or no row
     pictures.parquet                       item_id, image: the file's bytes; only where items name pictures
     histories.parquet                      item_id: only where the source gives the histories itself
+    users_vocabulary.parquet, items_vocabulary.parquet   id, text: only where the source's ids are text
     quarantine/N-REASON.parquet            the rows that were left out, each with its reason
     source.json                            what the source says of itself: counts, days, the oracle's AUC, and which
                                            context columns hold numbers as their `models.schema.bucket`

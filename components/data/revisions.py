@@ -47,10 +47,10 @@ def settle(
 def keep_whole(
     events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
 ) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """The events that are whole and known before `until`; and those that are not, by reason.
+    """The events that are whole and known before `until`; and the others, by reason.
 
-    What says when it arrived is known from then on, the rest from when it happened. A time beyond tomorrow is never
-    true, and neither is a row that is known before it happened; UNKNOWN_YET is no fault.
+    A row is known from its arrival on, or, where it has none, from its time on. A time later than tomorrow cannot be
+    true, and no row can arrive before it happened. A row that is UNKNOWN_YET is not broken.
     """
     tomorrow = pa.scalar(datetime.now(UTC) + timedelta(days=1), TIMESTAMP)
     limit = tomorrow if until is None else pa.scalar(until, TIMESTAMP)
@@ -80,11 +80,12 @@ def keep_whole(
 
 
 def versions(events: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """Of whole events that say when they arrived: the newest row of each impression, in the place of its oldest; and
-    the older rows: `repeated`, where the next differs in nothing but the arrival, and `corrected later`.
+    """The newest row of each impression, at the place of its oldest row; and the older rows by reason.
 
-    The newest row has the arrival from which on its label was known without a break: a day that comes again, or with
-    another context, changes no history.
+    events  whole events that say when they arrived
+    An older row is `repeated` where the next row differs in the arrival alone, else it is `corrected later`. The newest
+    row gets the arrival since which its label has not changed: a day that is delivered again, or with another context,
+    changes no history.
     """
     order, again = _by_impression(events)
     equal = {
@@ -104,7 +105,7 @@ def versions(events: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
 
 
 def mended(broken: pa.Table, whole: pa.Table) -> np.ndarray:
-    """Which of the broken events have a whole one of their impression that arrived later. bool [rows of broken]"""
+    """Whether a whole event of the same impression arrived later than the broken one. bool [rows of broken]"""
     users = pc.unique(broken["user_id"])
     both = pa.concat_tables([broken, whole.filter(pc.is_in(whole["user_id"], value_set=users))])
     order, again = _by_impression(both)
@@ -139,8 +140,11 @@ def _starts(going_on: np.ndarray) -> np.ndarray:
 
 
 def unusual_days(events: pa.Table, set_aside: dict[str, pa.Table]) -> dict[str, dict[str, int]]:
-    """Day -> its rows, and how many arrived a day or more after its end, were repeated or corrected later; the days
-    with any of these, and those of the last month that have no row."""
+    """Day -> how many rows it has, and how many of them came late, were repeated or were corrected later.
+
+    Late is a day or more after the end of the day. Only days with such rows are here, and the days of the last month
+    that have no row.
+    """
     found = {"rows": _count(events)}
     if ARRIVAL in events.column_names:
         end = events["timestamp"].to_numpy().astype("datetime64[D]") + DAY
