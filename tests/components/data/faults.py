@@ -21,8 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.common.contracts import ARRIVAL, Canonical
-from components.common.contracts import UTC as TIMESTAMP
+from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
