@@ -226,13 +226,26 @@ def airflow() -> None:
     local_airflow.run()
 
 
+@app.command("inspect", rich_help_panel=SETUP)
+def inspect_files(
+    path: Annotated[str, typer.Argument(help="A folder, a file or a URL of parquet, CSV or TSV.")],
+) -> None:
+    """Look at your files, and propose the section `ingest.files` of params.yaml for them, ready to paste."""
+    from components.data.propose import propose
+
+    print(propose(path).text())
+
+
 @app.command(rich_help_panel=SETUP)
 def use(
     source: Annotated[str, typer.Argument(help="simulator, movielens, microlens or files.")],
     raw: Annotated[str | None, typer.Option(help="The path that the source reads, or for files a URL.")] = None,
     params: Params = PARAMS,
 ) -> None:
-    """Point the pipeline at a source: checks it, and writes ingest.source and ingest.raw of params.yaml."""
+    """Point the pipeline at a source: looks at its files, says what they hold, and writes two keys of params.yaml.
+
+    The keys are ingest.source and ingest.raw. Where the files are wrong, nothing is written.
+    """
     from components.data import use as step
 
     step.use(source, raw, params)

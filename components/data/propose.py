@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Proposal:
         )
         parts += ["", "# Then paste this below `ingest:` in params.yaml, in place of `files`:"]
         parts += [f"  {line}" for line in block.rstrip().splitlines()]
-        return "\n".join([*parts, "", "# Next:", f"python -m components use files --raw {self.raw}"])
+        return "\n".join([*parts, "", "# Next:", f"python -m components use files --raw {shlex.quote(self.raw)}"])
 
 
 def propose(path: str) -> Proposal:
@@ -351,14 +352,15 @@ def _events(roles: dict[str, str], group: _Group, raw: str, notes: list[str]) ->
         notes.append("no time and no split: give a path for train, valid and test each, or a column for one of the two")
     sql = None
     if made:
-        files = ", ".join(f"'{raw}/{one}'" for one in ([path] if isinstance(path, str) else list(path)))
+        place = raw.replace("'", "''")
+        files = ", ".join(f"'{place}/{one}'" for one in ([path] if isinstance(path, str) else list(path)))
         replaced = [known[name] for name in made if known.get(name) == name]
         star = f"* exclude ({', '.join(_sql(name) for name in replaced)})" if replaced else "*"
         added = ", ".join(f"{value} as {name}" for name, value in made.items())
         reader = "read_parquet" if group.files[0].ending == ".parquet" else "read_csv"
         sql = (
             f'duckdb.sql("""set timezone = \'UTC\'; copy (select {star}, {added}\n'
-            f'    from {reader}([{files}]){where}) to \'{raw}/{PREPARED}\'""")'
+            f'    from {reader}([{files}]){where}) to \'{place}/{PREPARED}\'""")'
         )
         path = PREPARED
     columns = {ours: theirs for ours, theirs in known.items() if ours != theirs and ours not in made}
