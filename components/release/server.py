@@ -24,8 +24,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-READY_SECONDS = 120.0
-STOP_SECONDS = 20.0
+READY_SECONDS = 600.0  # a busy machine takes minutes to import what the server needs
+STOP_SECONDS = 60.0
 LOOK_SECONDS = 0.2
 WORKER_FAILED = "Initializing service error"  # BentoML's words in the log; the deadline holds without them too
 LEFT_RUNNING = 3  # the guard's exit code

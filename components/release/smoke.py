@@ -18,6 +18,9 @@ import numpy as np
 from components.common.artifacts import read_json, write_json
 from components.release.server import Served
 
+LATE = "store_unavailable"  # in `degraded`: the online store did not answer in time
+TRIES = 5  # of a golden request: on a busy machine a healthy store may be late
+
 
 @dataclass(frozen=True, kw_only=True)
 class SmokeConfig:
@@ -89,7 +92,10 @@ def check_golden(client: httpx.Client, golden: list[dict[str, Any]], version: st
     largest = 0.0
     for i, case in enumerate(golden):
         where = f"golden request {i} {case['request']}"
-        answer = _answer(client, case["request"], where)
+        for _ in range(TRIES):
+            answer = _answer(client, case["request"], where)
+            if LATE not in answer["degraded"] or LATE in case["degraded"]:
+                break
         for key, expected in (("version", version), ("degraded", case["degraded"])):
             if answer[key] != expected:
                 raise ValueError(f"{where}: expected {key} {expected!r}, got {answer[key]!r}")
