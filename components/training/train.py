@@ -26,6 +26,7 @@ from components.training.state import State
 from components.training.warm_start import Start, take_weights
 from models.checkpoint import Checkpoint, save
 from models.families import build
+from models.kernels import choice
 from models.layers import Ranker
 
 
@@ -89,6 +90,7 @@ def run(
         "rows_per_second": round((last - first) / seconds_an_epoch) if seconds_an_epoch else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
         "processes": among.size,
+        "kernels": choice.chosen(),
     }
     if among.rank:
         return found
@@ -110,6 +112,7 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
         "valid AUC": f"{found['valid_auc']:.4f}",
         "parameters": f"{found['parameters']:,}",
         "speed": f"{speed:,} rows/s on {found['device']}" if speed else "no whole epoch in this process",
+        "kernels": ", ".join(f"{kernel} in {form}" for kernel, form in found["kernels"].items()) or "none needed",
     }
 
 

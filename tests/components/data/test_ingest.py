@@ -524,12 +524,13 @@ def test_days_that_never_came_are_told(raw: RawTables, tmp_path: Path) -> None:
 
 
 def test_pictures_come_from_named_hosts_alone(raw: RawTables, tmp_path: Path) -> None:
-    """The port is closed, so a request to it is one that fails, not one that is refused."""
+    """The port is closed. So a request to it fails and counts as broken, and one that is refused is only left out."""
     places = pa.array(["http://127.0.0.1:9/a.png", *[None] * (len(raw.items) - 1)])
     given = replace(raw, items=raw.items.append_column("image", places), modalities={})
-    for hosts, reason in (([], "host is not in ingest.picture_hosts"), (["127.0.0.1"], "cannot be opened")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "read", lambda *_, **__: given)
-            config = replace(ingest_config(), picture_hosts=hosts)
-            with pytest.raises(ValueError, match=rf"1 of 1 pictures cannot be read.*{reason}"):
-                ingest.run(config, tmp_path / "canonical")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "read", lambda *_, **__: given)
+        found = ingest.run(replace(ingest_config(), picture_hosts=[]), tmp_path / "refused")
+        left_out = {"host is not in ingest.picture_hosts": 1}
+        assert found["pictures"] == {"named": 1, "written": 0, "left_out": left_out}
+        with pytest.raises(ValueError, match="1 of 1 pictures cannot be read.*cannot be opened"):
+            ingest.run(replace(ingest_config(), picture_hosts=["127.0.0.1"]), tmp_path / "asked")
