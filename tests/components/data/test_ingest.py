@@ -532,5 +532,5 @@ def test_pictures_come_from_named_hosts_alone(raw: RawTables, tmp_path: Path) ->
         found = ingest.run(replace(ingest_config(), picture_hosts=[]), tmp_path / "refused")
         left_out = {"host is not in ingest.picture_hosts": 1}
         assert found["pictures"] == {"named": 1, "written": 0, "left_out": left_out}
-        with pytest.raises(ValueError, match="1 of 1 pictures cannot be read.*cannot be opened"):
+        with pytest.raises(ValueError, match=r"1 of 1 pictures cannot be read.*cannot be opened"):
             ingest.run(replace(ingest_config(), picture_hosts=["127.0.0.1"]), tmp_path / "asked")
