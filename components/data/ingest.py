@@ -128,6 +128,11 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     if not len(events):
         raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
     events = events.take(pc.sort_indices(events["timestamp"]))  # stable: ties stay as the source had them
+    vocabularies = dict(raw.vocabularies)
+    if "users" in raw.derived:
+        users = named_by(events, users, "user_id", vocabularies)
+    if "items" in raw.derived:
+        items = named_by(events, items, "item_id", vocabularies)
     days = unusual_days(events, set_aside)
     with new_folder(output) as folder:
         written = write_days(events, folder / "events")
@@ -139,7 +144,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
             file = folder / "modalities" / f"{name}.parquet"
             pq.write_table(vectors.sort_by("item_id"), file, use_dictionary=False)  # no float comes twice
         copied = copy_pictures(config, named, folder) if len(named) else None
-        for name, words in raw.vocabularies.items():
+        for name, words in vocabularies.items():
             pq.write_table(words, folder / f"{name}_vocabulary.parquet")
         if given and raw.histories is not None:
             pq.write_table(raw.histories, folder / "histories.parquet")
@@ -182,6 +187,15 @@ def summary(facts: dict[str, Any]) -> dict[str, str]:
     if "oracle_auc" in facts:
         lines["oracle"] = f"AUC {facts['oracle_auc']:.4f}, the ceiling of any model"
     return lines
+
+
+def named_by(events: pa.Table, table: pa.Table, key: str, vocabularies: dict[str, pa.Table]) -> pa.Table:
+    """The rows of a derived table that the events name, and the same of its vocabulary: a later delivery adds none."""
+    ids = pc.unique(events[key])
+    name = {"user_id": "users", "item_id": "items"}[key]
+    if words := vocabularies.get(name):
+        vocabularies[name] = words.filter(pc.is_in(words[key], value_set=ids))
+    return table.filter(pc.is_in(table[key], value_set=ids))
 
 
 def trimmed(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -38,6 +38,7 @@ class RawTables:
     rejected      reason -> raw rows that are broken and are in no other table
     set_aside     reason -> raw rows that are whole and are left out on purpose
     vocabularies  users or items -> (id, text), where the source's ids are text (`text_id`)
+    derived       users, items: those of these tables that the adapter made from the events' ids
     facts         what the source says about itself, JSON-able
     """
 
@@ -50,6 +51,7 @@ class RawTables:
     rejected: dict[str, pa.Table] = field(default_factory=dict)
     set_aside: dict[str, pa.Table] = field(default_factory=dict)
     vocabularies: dict[str, pa.Table] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -92,6 +92,7 @@ def read(raw: str, config: FilesConfig, rows: int | None = None) -> RawTables:
         rejected=found.rejected,
         set_aside=found.set_aside,
         vocabularies=vocabularies,
+        derived=tuple(name for name in ("users", "items") if getattr(config, name).path is None),
         read=found.read,
         facts={
             "numeric": config.events.numeric,

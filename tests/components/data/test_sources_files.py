@@ -398,6 +398,23 @@ def test_an_arrival_column_makes_the_newest_row_count(ingested: Any) -> None:
     assert facts["rows"] == {"read": 12, "later": 6, "written": 6, "left_out": {}} and facts["label_rate"] == 0
 
 
+def test_a_later_delivery_adds_no_user_and_no_item_to_the_days_before(ingested: Any) -> None:
+    """Without files of users and items, these are those of the rows that are known before `until`."""
+
+    def day(number: int) -> pa.Table:
+        rows = table().set_column(1, "uid", pa.array([f"user {number}{i % 3}" for i in range(6)]))
+        rows = rows.set_column(2, "doc", pa.array([f"item {number}{i % 4}" for i in range(6)]))
+        return rows.set_column(0, "at", pa.repeat(NOON + timedelta(days=number), 6).cast(pa.timestamp("us", "UTC")))
+
+    until = (NOON + timedelta(hours=6)).isoformat()
+    _, data = ingested({"events/0.parquet": day(0)}, mapped(), until=until)
+    names = ("users", "items", "users_vocabulary", "items_vocabulary")
+    before = {name: (data.root / f"{name}.parquet").read_bytes() for name in names}
+    facts, data = ingested({"events/1.parquet": day(1)}, mapped(), until=until)
+    assert facts["rows"]["later"] == 6
+    assert {name: (data.root / f"{name}.parquet").read_bytes() for name in names} == before
+
+
 # ---- rows that a quote swallowed, infinity, and other forms of a file ---------------------------------------------
 
 
