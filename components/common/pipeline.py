@@ -42,11 +42,11 @@ class Stage:
 
     def output(self, name: str) -> Path:
         """The output of this name, or the file of this name in the stage's one output folder."""
-        named = [out for out in self.outs if Path(out).name == name]
-        if not named:
-            (folder,) = self.outs
-            return Path(folder, name)
-        return Path(named[0])
+        for out in self.outs:
+            if Path(out).name == name:
+                return Path(out)
+        (folder,) = (out for out in self.outs if not Path(out).suffix)
+        return Path(folder, name)
 
 
 @dataclass(frozen=True)

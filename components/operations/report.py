@@ -24,7 +24,7 @@ from components.release.gate import number
 
 EXAMPLE_CHARACTERS = 200
 # What says that a stage has ended, where it is not enough that its outputs are there.
-ENDED = {"features": "data/features/receipt.json"}
+ENDED = {"features": "receipt.json"}
 
 
 def run(root: Path, output: Path) -> None:
@@ -62,44 +62,44 @@ def collect(root: Path) -> dict[str, Any]:
     graph = pipeline.read()
     stages = {name: _json(root / f".scratch/stages/{name}.json") for name in graph.stages}
     ended = {name for name, stage in graph.stages.items() if _has_ended(root, stage)}
-    validation = _json(root / "data/validation/report.json")
+    validation = _json(root / graph.stages["validate"].output("report.json"))
     stopped = _stopped(graph, stages, ended, validation)
     earlier = _after(graph, stopped[0]) if stopped else set()
     now = ended - earlier - ({stopped[0]} if stopped else set())
 
-    def of(path: str, stage: str) -> Any:
-        return {} if stage in earlier else _json(root / path)
+    def of(stage: str, name: str) -> Any:
+        return {} if stage in earlier else _json(root / graph.stages[stage].output(name))
 
-    def each(path: str, command: str, read: Any, empty: Any) -> dict[str, Any]:
-        """Model -> a file of its stage."""
-        files = {stage.item["model"]: (stage.name, root / path.format(**stage.item)) for stage in graph.named(command)}
+    def each(command: str, name: str, read: Any, empty: Any) -> dict[str, Any]:
+        """Model -> a file of its stage; `name` may hold the model's."""
+        files = [(stage, root / stage.output(name.format(**stage.item))) for stage in graph.named(command)]
         return {
-            model: read(file) if file.is_file() and name not in earlier else empty
-            for model, (name, file) in files.items()
+            stage.item["model"]: read(file) if file.is_file() and stage.name not in earlier else empty
+            for stage, file in files
         }
 
-    dataset = of("data/dataset/dataset.json", "dataset")
-    evaluate = each("artifacts/evaluate/{model}/evaluation.json", "evaluate", _json, {})
+    dataset = of("dataset", "dataset.json")
+    evaluate = each("evaluate", "evaluation.json", _json, {})
     evaluate = {model: metrics for model, metrics in evaluate.items() if metrics and _same_data(metrics, dataset)}
-    checkpoints = each("checkpoints/{model}/config.json", "train", _json, {})
+    checkpoints = each("train", "config.json", _json, {})
     trained = [model for model, config in checkpoints.items() if _same_data(config.get("facts", {}), dataset)]
-    train = each("artifacts/train/{model}.json", "train", _json, {})
-    history = each("artifacts/train/{model}_history.csv", "train", pd.read_csv, pd.DataFrame())
-    decision, package = of("artifacts/gate/decision.json", "gate"), of("artifacts/package/package.json", "package")
-    smoke = of("artifacts/smoke/smoke.json", "smoke")
+    train = each("train", "{model}.json", _json, {})
+    history = each("train", "{model}_history.csv", pd.read_csv, pd.DataFrame())
+    decision, package = of("gate", "decision.json"), of("package", "package.json")
+    smoke = of("smoke", "smoke.json")
     if not _same_data(decision, dataset):
         decision = {}
     if package.get("checkpoint_sha256") != decision.get("checkpoint_sha256"):
         package = smoke = {}  # what this gate decided on was not built
     return {
-        "source": of("data/canonical/source.json", "ingest"),
+        "source": of("ingest", "source.json"),
         "validation": {} if "validate" in earlier else validation,
         "dataset": dataset,
         "evaluate": evaluate,
         "train": {model: train[model] for model in trained if train[model]},
         "history": {model: history[model] for model in trained if len(history[model])},
-        "calibration": _of(evaluate, each("artifacts/evaluate/{model}/calibration.csv", "evaluate", pd.read_csv, None)),
-        "roc": _of(evaluate, each("artifacts/evaluate/{model}/roc.csv", "evaluate", pd.read_csv, None)),
+        "calibration": _of(evaluate, each("evaluate", "calibration.csv", pd.read_csv, None)),
+        "roc": _of(evaluate, each("evaluate", "roc.csv", pd.read_csv, None)),
         "decision": decision,
         "package": package,
         "smoke": smoke,
@@ -124,7 +124,10 @@ def _same_data(facts: dict[str, Any], dataset: dict[str, Any]) -> bool:
 
 
 def _has_ended(root: Path, stage: pipeline.Stage) -> bool:
-    return all((root / path).exists() for path in (*stage.outs, *filter(None, [ENDED.get(stage.name)])))
+    paths = [Path(out) for out in stage.outs]
+    if stage.name in ENDED:
+        paths.append(stage.output(ENDED[stage.name]))
+    return all((root / path).exists() for path in paths)
 
 
 def _stopped(
