@@ -67,6 +67,8 @@ class Loop:
         ranks: Ranks | None = None,
         scratch: Path = SCRATCH,
     ) -> None:
+        first, last = data.splits["train"]
+        config = config.for_rows(last - first)
         self.name, self.config, self.model, self.ranks = name, config, model, ranks or Ranks()
         self.device = next(model.parameters()).device
         keep_freed_memory()
@@ -75,7 +77,7 @@ class Loop:
         if self.ranks.size > 1:
             with_whole_batch_norms(model)
         self.data = data.to(self.device, stream=not fits(data.row_bytes, self.device))
-        optimizer = adam(config, model)
+        optimizer = adam(config, model, last - first)
         self.state = State(scratch / name, fingerprint(name, config, data, start), model, optimizer, config)
         self.step = Step(config, self.state, self.data, self.ranks)
         if self.state.load():

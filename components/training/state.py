@@ -27,6 +27,8 @@ class Progress:
 
     epoch, step   whole epochs, and steps of the epoch after them
     steps         of all epochs
+    best_epoch, best_auc   the best epoch so far and its valid AUC
+    best          its valid AUC − logloss, which epochs are compared by
     stale, lr_stale  epochs since the best one, and since the rate was last cut
     """
 
@@ -35,7 +37,8 @@ class Progress:
     steps: int = 0
     lr: float = 0.0
     best_epoch: int = 0
-    best_auc: float = -math.inf
+    best_auc: float = 0.0
+    best: float = -math.inf
     stale: int = 0
     lr_stale: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -44,9 +47,10 @@ class Progress:
         """Take an epoch's figures in. Returns whether it is the best so far."""
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append({"epoch": self.epoch, "lr": self.lr, **found})
-        better = found["valid_auc"] > self.best_auc
-        if better:
-            self.best_auc, self.best_epoch, self.stale, self.lr_stale = found["valid_auc"], self.epoch, 0, 0
+        worth = found["valid_auc"] - found["valid_logloss"]
+        if worth > self.best:
+            self.best, self.best_auc, self.best_epoch = worth, found["valid_auc"], self.epoch
+            self.stale, self.lr_stale = 0, 0
             return True
         self.stale, self.lr_stale = self.stale + 1, self.lr_stale + 1
         if self.lr_stale > config.lr_patience:

@@ -22,14 +22,17 @@ INDUCTOR = Path(".scratch/inductor")  # what torch.compile made, kept for the ne
 WARM_STEPS = 3  # before a step is recorded
 
 
-def adam(config: TrainConfig, model: Ranker) -> torch.optim.Adam:
-    """Adam over the regularised parameters and the others, each group with its `l2`, which `add_l2` reads."""
+def adam(config: TrainConfig, model: Ranker, rows: int) -> torch.optim.Adam:
+    """Adam over the regularised parameters and the others, each group with its `l2`, which `add_l2` reads.
+
+    rows  of the training days: a batch's mean loss stands for all of them, so its share of the L2 is one in `rows`
+    """
     regularised = model.regularised_parameters()
     ids = {id(p) for p in regularised}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [
-        {"params": regularised, "l2": config.embedding_l2},
-        {"params": others, "l2": config.network_l2},
+        {"params": regularised, "l2": config.embedding_l2 / rows},
+        {"params": others, "l2": config.network_l2 / rows},
     ]
     device = next(model.parameters()).device
     if device.type != "cuda":

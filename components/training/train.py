@@ -70,7 +70,7 @@ def run(
             if state.best:
                 best = SCRATCH / model / "best"
                 if among.rank == 0:
-                    _write_best(best, config, model, ranker, data, champion, state)
+                    _write_best(best, loop.config, model, ranker, data, champion, state)
                 remedy = (
                     f". With another train.{model} it starts again from epoch 1; the best epoch so far, "
                     f"{state.progress.best_epoch}, is a checkpoint in {best}"
@@ -94,7 +94,7 @@ def run(
     }
     if among.rank:
         return found
-    _write_best(output, config, model, ranker, data, champion, state)
+    _write_best(output, loop.config, model, ranker, data, champion, state)
     history.parent.mkdir(parents=True, exist_ok=True)
     with new_file(history) as scratch, scratch.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, progress.history[0])

@@ -72,7 +72,7 @@ def main() -> None:
             penalty = sum((table**2).sum() for table in peer.regularised_parameters())
             loss = (
                 tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), label_B)
-                + TRAINED["embedding_l2"] / 2 * penalty
+                + TRAINED["embedding_l2"] / ROWS / 2 * penalty
             )
             optimizer.zero_grad()
             loss.backward()

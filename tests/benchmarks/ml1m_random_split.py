@@ -60,7 +60,8 @@ class Config:
 
 PUBLISHED = families.TRAINING["sdcnv3/ml-1m"] | {"device": "cpu", "precision": "fp32", "compile": False}
 AVERAGED = {
-    "batch_size": 2048, "lr": 7e-4, "lr_factor": 1.0, "embedding_l2": 0.005, "network_l2": 3e-4, "ema": 0.999,
+    "batch_size": 2048, "lr": 7e-4, "lr_factor": 1.0, "embedding_l2": 0.005 * TRAIN, "network_l2": 3e-4 * TRAIN,
+    "ema": 0.999,
 }  # fmt: skip
 CONFIGS = {
     "published": Config("the authors' best run: d = 16, 3 deep and 4 shallow layers"),

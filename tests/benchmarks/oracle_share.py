@@ -46,8 +46,8 @@ HISTORY = {"qin": 64, "sdcnv3": 128}  # newest clicks that a model reads
 # What differs from params.yaml, chosen by the AUC of the valid day.
 SHARED = {"max_epochs": 6, "ema": 0.999}
 OWN: dict[str, dict[str, Any]] = {
-    "qin": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-4},
-    "sdcnv3": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 1e-5},
+    "qin": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 288.0},
+    "sdcnv3": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 28.8},
 }
 NETWORK: dict[str, dict[str, Any]] = {"qin": {"layers": 3, "rows": 3, "exclude": []}, "sdcnv3": {"dim": 32}}
 PUBLISHED = {"qin": "qin/microlens", "sdcnv3": "sdcnv3/criteo"}
@@ -84,7 +84,7 @@ def main() -> None:
             network = config.network | NETWORK[name]
             if asked.published:
                 network, trained = families.PRESETS[PUBLISHED[name]], families.TRAINING[PUBLISHED[name]]
-                config = replace(config, batch_size=trained["batch_size"], lr=trained["lr"], embedding_l2=1e-5)
+                config = replace(config, batch_size=trained["batch_size"], lr=trained["lr"], embedding_l2=28.8)
             compiled = asked.device != "cpu"
             config = replace(
                 config, network=network, seed=seed, device=asked.device, precision=precision, compile=compiled

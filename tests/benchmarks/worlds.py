@@ -86,7 +86,7 @@ class Published:
             loss = tri_bce(Logits((deep_B + shallow_B) / 2, (deep_B, shallow_B)), batch.label_B)
         penalty = sum((table**2).sum() for table in self.model.regularised_parameters())
         self.optimizer.zero_grad()
-        (loss + self.trained["embedding_l2"] / 2 * penalty).backward()
+        (loss + self.trained["embedding_l2"] / len(data.columns["label"]) / 2 * penalty).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.trained["clip_norm"])
         self.optimizer.step()
         return loss.detach()

@@ -122,7 +122,7 @@ def test_learns_and_keeps_its_best_epoch(run, config, dataset, model) -> None:
     run(asked, "out", model)
     history = run.history("out")
     aucs = [row["valid_auc"] for row in history]
-    best = int(np.argmax(aucs)) + 1
+    best = int(np.argmax([row["valid_auc"] - row["valid_logloss"] for row in history])) + 1
     found = json.loads((run.root / "out/metrics.json").read_text())
     data = Dataset.open(dataset)
     start, end = data.splits["valid"]
@@ -130,14 +130,14 @@ def test_learns_and_keeps_its_best_epoch(run, config, dataset, model) -> None:
     assert max(aucs) > roc_auc_score(labels, ceiling) - 0.1
     assert max(aucs) > 0.7
     assert history[0]["train_loss"] > history[best - 1]["train_loss"]
-    assert (found["best_epoch"], found["epochs"], found["valid_auc"]) == (best, len(history), max(aucs))
+    assert (found["best_epoch"], found["epochs"], found["valid_auc"]) == (best, len(history), aucs[best - 1])
     assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
     assert len(history) == 12 or len(history) == best + 2
 
     saved = load_checkpoint(run.root / "out" / model)
     scores, own_labels = score(saved.model, data, (start, end))
     assert np.array_equal(own_labels.numpy(), labels)
-    assert roc_auc_score(labels, scores.numpy()) == pytest.approx(max(aucs), abs=1e-9)
+    assert roc_auc_score(labels, scores.numpy()) == pytest.approx(aucs[best - 1], abs=1e-9)
     assert saved.facts["data_sha256"] == data.facts["data_sha256"]
     assert saved.facts["best_epoch"] == best
     assert saved.facts["train"]["lr"] == asked.lr
@@ -149,7 +149,7 @@ def walk(config: TrainConfig, aucs: list[float]) -> tuple[list[float], list[bool
     for auc in aucs:
         assert not progress.done(config)
         rates.append(progress.lr)
-        better.append(progress.note(config, {"valid_auc": auc}))
+        better.append(progress.note(config, {"valid_auc": auc, "valid_logloss": 0.5}))
     return rates, better, progress
 
 
@@ -164,6 +164,34 @@ def test_the_rate_is_cut_where_the_auc_does_not_rise(config, lr_patience, rates)
     assert better == [True, True, False, True, False, False, True]  # a tie is no improvement
     assert (progress.best_epoch, progress.best_auc) == (7, 0.8)
     assert progress.done(asked)
+
+
+def test_the_epoch_that_is_kept_has_no_logloss_that_rises_more_than_the_auc(config) -> None:
+    """Figures of a run whose epoch 5 had the best AUC, and probabilities that were far too sure of themselves."""
+    progress = Progress()
+    for auc, logloss in ((0.70, 0.30), (0.72, 0.29), (0.74, 0.2816), (0.745, 0.295), (0.75, 0.3126)):
+        progress.note(config(), {"valid_auc": auc, "valid_logloss": logloss})
+    assert (progress.best_epoch, progress.best_auc, progress.stale) == (3, 0.74, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch"), [(1_000, 64), (40_000, 512), (240_000, 1024), (591_209, 2048), (2_880_000, 4096)]
+)
+def test_the_batch_grows_with_the_root_of_the_rows_where_the_config_leaves_it_open(config, rows, batch) -> None:
+    assert config(batch_size=0).for_rows(rows).batch_size == batch
+    assert config(batch_size=96).for_rows(rows).batch_size == 96
+
+
+def test_a_checkpoint_says_the_batch_size_that_was_used(run, config) -> None:
+    run(config(batch_size=0, max_epochs=1), "out")
+    facts = load_checkpoint(run.root / "out/qin").facts
+    assert (facts["train_rows"], facts["train"]["batch_size"]) == (1560, 64)
+
+
+def test_the_l2_of_a_step_is_a_training_rows_share_of_it(config, dataset) -> None:
+    model = models.families.build("qin", config().network, Dataset.open(dataset).schema)
+    groups = adam(config(embedding_l2=1000.0, network_l2=10.0), model, 50_000).param_groups
+    assert [group["l2"] for group in groups] == [0.02, 0.0002]
 
 
 def test_the_rate_has_a_floor_and_stale_epochs_an_end(config) -> None:
@@ -202,7 +230,7 @@ def plain_training(
         for rows in order.split(config.batch_size):
             loss = published_loss(family, model, network, data, data.batch(rows))
             for name, tensor in weights.items():
-                l2 = config.embedding_l2 if name in tables else config.network_l2
+                l2 = (config.embedding_l2 if name in tables else config.network_l2) / end
                 loss = loss + l2 / 2 * tensor.square().sum()
             optimizer.zero_grad()
             loss.backward()
@@ -223,7 +251,7 @@ def test_trains_by_the_published_recipe(config, dropless, dataset, tmp_path, mon
     makes whole steps of gradients that are next to nothing, where the last bits decide the direction.
     """
     asked = config(
-        family, network=dropless[family], max_epochs=3, batch_size=256, embedding_l2=0.05, network_l2=0.01, ema=ema,
+        family, network=dropless[family], max_epochs=3, batch_size=256, embedding_l2=80.0, network_l2=15.0, ema=ema,
         clip_norm=0.6,
     )  # fmt: skip
     data, aucs = Dataset.open(dataset), [0.7, 0.6, 0.8]
@@ -268,7 +296,7 @@ def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, confi
 def test_the_running_mean_of_the_weights_is_what_is_judged_and_kept(config, dataset, tmp_path) -> None:
     asked = config("sdcnv3", ema=0.6)
     model = models.families.build("sdcnv3", asked.network, Dataset.open(dataset).schema)
-    state = State(tmp_path, "", model, adam(asked, model), asked)
+    state = State(tmp_path, "", model, adam(asked, model, 1), asked)
     wanted = model.deep.out.weight.detach().clone()
     for step in range(1, 20):
         with torch.no_grad():
@@ -856,7 +884,7 @@ def test_a_dataset_that_was_changed_is_refused(run, config, dataset) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"batch_size": 0}, {"batch_size": 1}, {"max_epochs": 0}, {"patience": 0}, {"lr": 0.0}, {"lr": float("nan")},
+        {"batch_size": -1}, {"batch_size": 1}, {"max_epochs": 0}, {"patience": 0}, {"lr": 0.0}, {"lr": float("nan")},
         {"clip_norm": 0.0}, {"lr_factor": 0.0}, {"lr_factor": 1.5}, {"embedding_l2": -1.0},
         {"network_l2": -1.0}, {"ema": 1.0}, {"lr_patience": -1},
         {"min_lr": -1.0}, {"min_lr": 0.5}, {"precision": "fp8"},
