@@ -160,7 +160,7 @@ def test_presets_have_the_published_rates_of_dropout():
 
 
 def test_presets_are_trained_as_published():
-    """Batch, epochs without a better AUC before the end, rate and its cut, L2 of embeddings times the training rows; the rest is one."""
+    """Batch, patience, rate and its cut, L2 of embeddings (a step's, times the training rows); the rest is the same."""
     keys = ("batch_size", "patience", "lr", "lr_factor", "embedding_l2")
     assert {name: tuple(settings[key] for key in keys) for name, settings in TRAINING.items()} == {
         "qin/microlens": (8192, 8, 2e-3, 0.5, 2e-4 * 3_600_000),
