@@ -40,7 +40,9 @@ TEXT, IMAGE = "item_text.parquet", "item_image.parquet"
 ROWS = 287_225
 # The same for all, on top of params.yaml's train.sdcnv3, or train.qin; embedding_l2 by the AUC of the valid days.
 # Chosen as the L2 of a step, on ROWS training rows.
-SHARED = {"batch_size": 1024, "max_epochs": 10, "patience": 2, "lr": 0.001, "lr_factor": 0.5, "ema": 0.999}
+SHARED = {
+    "batch_size": 1024, "max_epochs": 10, "patience": 2, "lr": 0.001, "lr_factor": 0.5, "network_l2": 0.0, "ema": 0.999,
+}  # fmt: skip
 TRAIN: dict[str, dict[str, Any]] = {
     "logistic": {"lr": 0.005, "embedding_l2": 1e-5 * ROWS},
     "din": {"embedding_l2": 1e-3 * ROWS},
@@ -48,7 +50,7 @@ TRAIN: dict[str, dict[str, Any]] = {
     "qin": {"embedding_l2": 5e-3 * ROWS},
     "sdcnv3": {"embedding_l2": 5e-3 * ROWS},
 }
-NETWORK: dict[str, dict[str, Any]] = {"qin": {"exclude": []}, "sdcnv3": {"exclude": []}}
+NETWORK: dict[str, dict[str, Any]] = {"qin": {"dropout": 0.1}, "sdcnv3": {}}
 FORMATS = {"test_auc": ".4f", "test_group_auc": ".4f", "test_logloss": ".4f", "epochs": ".1f", "seconds": ".0f"}
 BASELINES: dict[str, Callable[[Schema], Ranker]] = {"logistic": LogisticRegression, "din": DIN, "dcnv2": DCNv2}
 

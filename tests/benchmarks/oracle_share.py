@@ -44,12 +44,12 @@ DAYS = 10
 SAMPLE, HALF_LIFE, STEPS = 300, 4, 80  # users, days and steps of the estimate of interests
 HISTORY = {"qin": 64, "sdcnv3": 128}  # newest clicks that a model reads
 # What differs from params.yaml, chosen by the AUC of the valid day.
-SHARED = {"max_epochs": 6, "ema": 0.999}
+SHARED = {"max_epochs": 6, "patience": 2, "ema": 0.999, "network_l2": 0.0}
 OWN: dict[str, dict[str, Any]] = {
-    "qin": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 288.0},
-    "sdcnv3": {"batch_size": 2048, "lr": 0.002, "embedding_l2": 28.8},
+    "qin": {"batch_size": 2048, "lr": 0.002, "lr_factor": 0.5, "embedding_l2": 288.0},
+    "sdcnv3": {"batch_size": 2048, "lr": 0.002, "lr_factor": 0.1, "embedding_l2": 28.8},
 }
-NETWORK: dict[str, dict[str, Any]] = {"qin": {"layers": 3, "rows": 3, "exclude": []}, "sdcnv3": {"dim": 32}}
+NETWORK: dict[str, dict[str, Any]] = {"qin": {"layers": 3, "rows": 3, "dropout": 0.1}, "sdcnv3": {"dim": 32}}
 PUBLISHED = {"qin": "qin/microlens", "sdcnv3": "sdcnv3/criteo"}
 
 
