@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[3]
     ],
     ids=str,
 )
-def test_no_more_threads_than_affinity_and_quota_allow(tmp_path, monkeypatch, files, cores) -> None:
+def test_no_more_threads_than_affinity_and_quota_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
