@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from components.common import pipeline
+from components.common import pipeline, threads
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
@@ -348,6 +348,7 @@ def _disk_full(error: BaseException | None) -> bool:
 if __name__ == "__main__":
     # Telemetry off, in this process and in those it starts.
     os.environ |= {"GX_ANALYTICS_ENABLED": "false", "DVC_NO_ANALYTICS": "1", "BENTOML_DO_NOT_TRACK": "True"}
+    os.environ |= threads.environment() | dict(os.environ)  # before torch is imported; the caller's own values stay
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a step has started ends with it
     code = main(sys.argv[1:])
     sys.stdout.flush()
