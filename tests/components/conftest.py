@@ -6,7 +6,7 @@ A user has a taste (some users: none known), an item a kind; a click is likely w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,15 +169,6 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
     }
     (folder / "dataset.json").write_text(json.dumps(facts))
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums in one order, so that bytes can be compared between processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

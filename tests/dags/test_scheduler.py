@@ -151,7 +151,7 @@ def test_the_scheduler_runs_every_stage(airflow: Airflow, finished: str) -> None
 
 
 def test_the_log_of_a_task_holds_what_its_command_said(airflow: Airflow, finished: str) -> None:
-    expected = {"train_qin": "Running stage 'train@qin'", "gate": "approve: ", "approved": "passes all"}
+    expected = {"train_qin": "Running stage 'train@qin'", "gate": "approved: ", "approved": "passes all"}
     for task, words in expected.items():
         log = airflow.ask("GET", f"dags/ctr_daily/dagRuns/{finished}/taskInstances/{task}/logs/1")
         said = "\n".join(str(line["event"]) for line in log["content"])

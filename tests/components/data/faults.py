@@ -25,23 +25,14 @@ from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import validate
 from components.data.sources import RawTables, simulator
 from components.data.sources.simulator import World
-from components.data.thresholds import ValidateConfig
-from tests.components.small_world import SIMULATOR, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, VALIDATE, ingest_tables, with_column
 
 DAYS, ROWS, HOUR = 14, 600, 3_600_000_000
 SIZES = {"days": DAYS, "users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}
 CONFIG = replace(SIMULATOR, **SIZES, new_share=0.3, noise=0.3)
 UNTIL = "2024-03-15T06:00:00+00:00"  # six hours after the last of the days
 FUTURE = 4_070_908_800_000_000  # 2099
-RULES = ValidateConfig(
-    label_rate=(0.01, 0.95),
-    max_age_hours=36,
-    trailing_days=7,
-    spreads=5.0,
-    min_day_rows=200,
-    max_missing_share=0.5,
-    max_label_leak=0.9,
-)
+RULES = replace(VALIDATE, trailing_days=7, min_day_rows=200)
 
 Raw = Callable[[RawTables], RawTables]
 Folder = Callable[[Path], None]

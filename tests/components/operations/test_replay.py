@@ -120,7 +120,7 @@ def moved(table: pa.Table, column: str, by: int) -> pa.Table:
 def one_second_early(folders: Folders) -> None:
     """The clicks of an impression's own second are in its history."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "CLICKS", views.CLICKS.replace("$second + 1)", "$second + 0)"))
+        patch.setattr(views, "CLICKS", views.CLICKS.replace("$second + 1)", "$second + 0)"))
         views.write_sources(FEATURES, Canonical(folders.canonical), folders.embedding, folders.features)
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from models.checkpoint import load as load_checkpoint
 from models.families import FAMILIES, PRESETS, TRAINING
 from models.kernels import cross_step
 from models.losses import bce, tri_bce
-from models.schema import Batch, Logits
+from models.schema import Batch, Logits, Part
 from tests.models import published
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,20 +54,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, raw_rows, write_dataset) -> Path:
     return write_dataset(tmp_path_factory.mktemp("train") / "dataset", raw_rows())
-
-
-@pytest.fixture
-def config(networks) -> Callable[..., TrainConfig]:
-    def make(model: str = "qin", **changes: Any) -> TrainConfig:
-        values = {
-            "seed": 1, "batch_size": 128, "max_epochs": 4, "patience": 4, "lr": 0.01, "lr_factor": 0.5,
-            "lr_patience": 0, "min_lr": 1e-6, "embedding_l2": 1e-6, "network_l2": 0.0, "ema": 0.0,
-            "clip_norm": 10.0, "device": "cpu",
-            "precision": "fp32", "compile": False, "network": networks[model],
-        }  # fmt: skip
-        return TrainConfig(**(values | changes))
-
-    return make
 
 
 class Run:
@@ -279,8 +264,8 @@ def test_every_epoch_has_an_order_of_its_own_and_every_step_its_masks(run, confi
         masks.append(b"")
         return step(own, loss, fetched, rows)
 
-    def noted_dropout(x: Tensor, rate: float, training: bool) -> Tensor:
-        out = dropout(x, rate, training)
+    def noted_dropout(x: Tensor, rate: float, training: bool, part: Part | None) -> Tensor:
+        out = dropout(x, rate, training, part)
         if training and not masks[-1]:
             masks[-1] = (out[:16] == 0).numpy().tobytes()
         return out

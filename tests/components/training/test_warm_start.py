@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from components.common.scoring import score
 from components.release.evaluate import predict_translated
 from components.training import train
 from components.training.config import TrainConfig
+from components.training.step import Step
 from components.training.warm_start import Start, tables, take_weights
 from models.checkpoint import Checkpoint, checkpoint_hash, load
 from models.families import FAMILIES, build
@@ -29,20 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TASTES = ("jazz", "folk", "rock", "pop")
 TAGS = ("live", "mono", "slow", "solo", "vocal")  # the champion knows the last four
 USERS, ITEMS = range(1000, 1240, 3), range(50, 100)
-
-
-@pytest.fixture
-def config(networks) -> Callable[..., TrainConfig]:
-    def make(model: str = "qin", **changes: Any) -> TrainConfig:
-        values = {
-            "seed": 1, "batch_size": 128, "max_epochs": 3, "patience": 4, "lr": 0.01, "lr_factor": 0.5,
-            "lr_patience": 0, "min_lr": 1e-6, "embedding_l2": 1e-6, "network_l2": 0.0, "ema": 0.0,
-            "clip_norm": 10.0, "device": "cpu",
-            "precision": "fp32", "compile": False, "network": networks[model],
-        }  # fmt: skip
-        return TrainConfig(**(values | changes))
-
-    return make
 
 
 class World:
@@ -236,17 +222,17 @@ def test_another_network_is_a_cold_start(world, config, networks, capsys) -> Non
 
 
 def test_the_state_of_a_cold_run_is_no_state_of_a_warm_one(world, config, monkeypatch, capsys) -> None:
-    dataset, real = world.dataset("today-third", world.today()), train.train_step
+    dataset, real = world.dataset("today-third", world.today()), Step.take
     asked = config(max_epochs=2)
 
-    def dead(config: TrainConfig, state: Any, *arguments: Any) -> Any:
-        if state.progress.epoch == 1:
+    def dead(step: Step, *arguments: Any) -> Any:
+        if step.state.progress.epoch == 1:
             raise KeyboardInterrupt
-        return real(config, state, *arguments)
+        return real(step, *arguments)
 
     for start in (world.cold(), world.warm("qin")):
         with monkeypatch.context() as patched:
-            patched.setattr(train, "train_step", dead)
+            patched.setattr(Step, "take", dead)
             with pytest.raises(KeyboardInterrupt):
                 world.run(asked, "qin", dataset, "out", start)
         assert "continues" not in capsys.readouterr().out
