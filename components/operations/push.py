@@ -97,9 +97,8 @@ def run(
 def alone(folder: Path) -> Iterator[None]:
     """Raises ValueError where another process of this machine pushes into the store of this folder."""
     folder = folder.resolve()
-    with folder.with_name(f".{folder.name}.push").open(
-        "a+"
-    ) as lock:  # beside the folder: `features` deletes what is in it
+    file = folder.with_name(f".{folder.name}.push")  # beside the folder: `features` deletes what is in it
+    with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system unlocks it when this process ends
         except BlockingIOError:
