@@ -20,7 +20,7 @@ import yaml
 from components.__main__ import configs_of, module_of, storey
 from components.common.config import load
 from components.common.pipeline import read
-from models.families import FAMILIES
+from models.families import FAMILIES, network_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = read()
@@ -219,6 +219,7 @@ def test_a_section_fits_its_config_and_has_its_keys_in_their_order(name, config)
     require_same_keys(name, section, config)
     loaded = load(ROOT / "params.yaml", name, config)
     if family := name.partition("train.")[2]:
+        network_config(family, loaded.network)
         assert set(loaded.network) == {field.name for field in fields(FAMILIES[family].config)}
 
 
