@@ -63,7 +63,6 @@ def project(bucket: Any, new_project: Callable[[str], Project]) -> Project:
         bucket.put_object(Bucket="clicks", Key=f"raw/photos/{item}.png", Body=image.getvalue())
     photos = [None, *(f"photos/{item}.png" for item in range(1, ITEMS))]
     put(bucket, "raw/items.parquet", pa.table({"item_id": range(ITEMS), "image": photos}))
-    project.python("-m", "components", "use", "files", "--raw", "s3://clicks/raw")
     table = {"columns": {}, "numeric": []}
     project.set_params(
         {
@@ -71,6 +70,7 @@ def project(bucket: Any, new_project: Callable[[str], Project]) -> Project:
             "ingest.files.items": table | {"path": "items.parquet", "categorical": []},
         }
     )
+    project.python("-m", "components", "use", "files", "--raw", "s3://clicks/raw")
     return project
 
 

@@ -188,7 +188,7 @@ def test_an_experiment_runs_with_another_value(project) -> None:
         )
     assert "faster" in dvc(project, "exp", "list")
     difference = dvc(project, "exp", "diff", "HEAD", "faster")
-    assert re.search(r"train\.qin\.lr\W+0\.002\W+0\.0043", difference), difference
+    assert re.search(r"train\.qin\.lr\W+0\.001\W+0\.0043", difference), difference
     assert re.search(r"evaluate/qin/metrics\.json\W+auc", difference), difference
 
 
