@@ -90,6 +90,18 @@ def test_golden_passes_within_the_tolerance() -> None:
     assert smoke.check_golden(answering(near), [CASE], "v", 1e-5)["max_abs_error"] == pytest.approx(9e-6)
 
 
+@pytest.mark.parametrize("late", range(smoke.TRIES + 1))
+def test_an_answer_before_the_store_is_asked_for_again_and_counted(late: int) -> None:
+    answers = [{**GOOD, "degraded": [smoke.LATE]}] * late + [GOOD]
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answers.pop(0)))
+    with httpx.Client(transport=transport, base_url="http://x") as client:
+        if late < smoke.TRIES:
+            assert smoke.check_golden(client, [CASE], "v", 1e-5)["late"] == late
+        else:
+            with pytest.raises(ValueError, match="expected degraded"):
+                smoke.check_golden(client, [CASE], "v", 1e-5)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
