@@ -24,6 +24,7 @@ TINY = {
     "ingest.source": "simulator",
     "ingest.raw": "components/data/sources/simulator.py",
     "ingest.until": None,
+    "ingest.window_days": None,
     "ingest.simulator.days": 6,
     "ingest.simulator.users": 300,
     "ingest.simulator.items": 120,

@@ -4,14 +4,16 @@ What cannot be made canonical (a missing column, a wrong type, a time without a 
 written. A row that is wrong by itself (an unknown item, a label of 2) goes to quarantine. What the rows say together,
 and what is wrong with items and vectors, is judged by `validate`.
 
-Every row that a source read is written to events, or is counted under the reason why not (`revisions.py`): rows that
-are left out lie in quarantine/, and source.json has the number of those that are not known before `until`.
+Every row that a source read is written to events, or is counted under the reason why not (`revisions.py`). Rows that
+are left out lie in quarantine/, and rows before the window are counted in source.json. Rows that are not known before
+`until` are counted in the terminal alone: so a day that is run again later, with more delivered, gives the same bytes.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ from components.common.contracts import (
     write_days,
 )
 from components.data import pictures, sources
-from components.data.revisions import UNKNOWN_YET, settle, unusual_days
-from components.data.sources import RawTables, brief
+from components.data.revisions import OUTSIDE, UNKNOWN_YET, settle, unusual_days
+from components.data.sources import RawTables, Window, brief
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
@@ -59,6 +61,8 @@ class IngestConfig:
     raw            the path the source reads; the simulator has no files, its code is its input
     until          ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
                    measured back from it; null takes every event, and then freshness is not judged
+    window_days    the days before `until` whose rows are trained, validated and tested on; null takes all
+    lead_days      days before those that are read for histories and popularity alone; without window_days, unused
     max_rejected   share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
     picture_hosts  host names from which pictures by URL may be fetched; without any, no URL is fetched
     simulator      the world that the simulator draws
@@ -68,6 +72,8 @@ class IngestConfig:
     source: str
     raw: str
     until: str | None
+    window_days: int | None
+    lead_days: int
     max_rejected: float
     picture_hosts: list[str]
     simulator: SimulatorConfig
@@ -77,14 +83,44 @@ class IngestConfig:
         sources.check(self.source, self.raw)
         if self.until is not None:
             parse_time("ingest.until", self.until)
+        if self.window_days is not None:
+            if self.window_days < 1:
+                raise ValueError(f"window_days is {self.window_days}; it must be at least 1, or null for all days")
+            if self.until is None:
+                raise ValueError(
+                    f"window_days is {self.window_days}, but until is null, so the days have no end; "
+                    "give until, or set window_days to null"
+                )
+        if self.lead_days < 0:
+            raise ValueError(f"lead_days is {self.lead_days}; it must be 0 or more")
         if not 0 <= self.max_rejected < 1:
             raise ValueError(f"max_rejected is {self.max_rejected}; it is a share in [0, 1)")
+
+    def train_from(self) -> datetime | None:
+        """The start of the first day that is trained on; None: of the data. The day that `until` cuts counts whole."""
+        if self.until is None or self.window_days is None:
+            return None
+        until = parse_time("ingest.until", self.until)
+        midnight = datetime(until.year, until.month, until.day, tzinfo=UTC)
+        return midnight + timedelta(days=(until > midnight) - self.window_days)
+
+    def window(self) -> Window:
+        """The times of the rows that are read."""
+        first = self.train_from()
+        return Window(
+            since=None if first is None else first - timedelta(days=self.lead_days),
+            until=None if self.until is None else parse_time("ingest.until", self.until),
+        )
+
+    def settings(self) -> Any:
+        """The section of the source, where it has one."""
+        return {"simulator": self.simulator, "files": self.files}.get(self.source)
 
 
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
-    settings = {"simulator": config.simulator, "files": config.files}.get(config.source)
-    raw = sources.read(config.source, config.raw, settings)
+    window, first = config.window(), config.train_from()
+    raw = sources.read(config.source, config.raw, config.settings(), window)
     read = len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values())))
     if raw.read not in (None, read):
         raise ValueError(
@@ -106,27 +142,31 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     if given:
         _require_histories(config, raw, events)
     events, users, items = (trimmed(t, s) for t, s in ((events, EVENTS), (users, USERS), (items, ITEMS)))
-    until = None if config.until is None else parse_time("ingest.until", config.until)
-    if until is not None and given:
+    if window.until is not None and given:
         raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
-    events, rejected, set_aside, later = settle(raw, events, users, items, until)
+    events, rejected, set_aside, beyond = settle(raw, events, users, items, window)
+    later, outside = beyond[UNKNOWN_YET], beyond[OUTSIDE]
     left_out = rejected | set_aside
     ledger = {
         "read": read,
         "later": later,
+        "outside": outside,
         "written": len(events),
         "left_out": {reason: len(rows) for reason, rows in left_out.items()},
     }
-    assert read == later + len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
+    assert read == later + outside + len(events) + sum(map(len, left_out.values())), f"rows were lost: {ledger}"
     broken = sum(map(len, rejected.values()))
-    if broken > config.max_rejected * (read - later):
+    if broken > config.max_rejected * (read - later - outside):
         reasons = "; ".join(f"{reason}: {len(rows)}, e.g. {_first(rows)}" for reason, rows in rejected.items())
         raise ValueError(
-            f"{config.source}: {broken} of {read - later} rows are broken, more than ingest.max_rejected "
+            f"{config.source}: {broken} of {read - later - outside} rows are broken, more than ingest.max_rejected "
             f"({config.max_rejected}) of them ({reasons}); mend the files, or raise the limit"
         )
     if not len(events):
-        raise ValueError(f"ingest: no event before until={config.until!r} in {config.raw}; give a later time")
+        since = f" from {window.since:%Y-%m-%d} on and" if window.since else ""
+        raise ValueError(
+            f"ingest: no event{since} before until={config.until!r} in {config.raw}; give a later time, or more days"
+        )
     events = events.take(pc.sort_indices(events["timestamp"]))  # stable: ties stay as the source had them
     vocabularies = dict(raw.vocabularies)
     if "users" in raw.derived:
@@ -157,6 +197,7 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         facts = {
             "source": config.source,
             "until": config.until,
+            "train_from": None if first is None else f"{first:%Y-%m-%d}",
             "impressions": len(events),
             "label_rate": float(pc.mean(events["label"]).as_py() or 0),
             "days": len(written),
@@ -173,7 +214,8 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
         }
         if ORACLE in events.column_names:
             facts["oracle_auc"] = _auc(events["label"].to_numpy(), events[ORACLE].to_numpy())
-        write_json(folder / "source.json", facts)
+        known = {name: rows for name, rows in ledger.items() if name not in ("read", "later")}
+        write_json(folder / "source.json", facts | {"rows": {"known": read - later, **known}})
     show(ledger, days)
     return facts
 
@@ -246,7 +288,7 @@ def copy_pictures(config: IngestConfig, named: pa.Table, folder: Path) -> dict[s
 
 def show(ledger: dict[str, Any], days: dict[str, dict[str, int]]) -> None:
     """The tables for the terminal."""
-    counts = {"read": ledger["read"], UNKNOWN_YET: -ledger["later"]}
+    counts = {"read": ledger["read"], UNKNOWN_YET: -ledger["later"], OUTSIDE: -ledger["outside"]}
     counts |= {reason: -rows for reason, rows in ledger["left_out"].items()}
     table = Table("rows", "", title="What became of the rows", title_justify="left")
     table.columns[1].justify = "right"

@@ -2,21 +2,24 @@
 
 Where rows say when they arrived (`created_at`), days may be delivered again: user, item and timestamp name an
 impression, and its newest whole row counts. A row that arrived at `until` or later is not known yet. So ingest of the
-same `until` gives the same bytes, whatever was delivered since, except for the number of rows that are not known yet.
+same `until` gives the same bytes, whatever was delivered since.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.common.contracts import ARRIVAL, EVENTS, TIMESTAMP
-from components.data.sources import RawTables
+from components.common.contracts import ARRIVAL, TIMESTAMP
+from components.data.sources import RawTables, Window
 
 UNKNOWN_YET = "not known before until"  # counted and never written: such a row is not broken
+OUTSIDE = "before the window"  # the same
+AGAIN = ("repeated", "corrected")  # how the reasons begin of rows that were delivered again
 NO_LABEL = "label is not 0 or 1"
 IMPRESSION = ("user_id", "item_id", "timestamp")  # what names an impression, where rows say when they arrived
 DAY = np.timedelta64(1, "D")
@@ -24,12 +27,17 @@ MONTH = 30  # days, in which a day without a row is unusual
 
 
 def settle(
-    raw: RawTables, events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
-) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], int]:
-    """The events that count; what is broken and what is set aside, by reason; and how many are not known yet."""
-    events, wrong = keep_whole(events, users, items, until)
-    later = len(wrong.pop(UNKNOWN_YET, ()))
-    set_aside = dict(raw.set_aside)
+    raw: RawTables, events: pa.Table, users: pa.Table, items: pa.Table, window: Window
+) -> tuple[pa.Table, dict[str, pa.Table], dict[str, pa.Table], dict[str, int]]:
+    """The events that count; what is broken and what is set aside, by reason; and how many rows are beyond the window:
+    UNKNOWN_YET, and OUTSIDE."""
+    counts = dict.fromkeys((UNKNOWN_YET, OUTSIDE), 0)
+    set_aside = {}
+    for reason, rows in raw.set_aside.items():
+        set_aside[reason], apart = _sort_out(rows, _beyond(window)) if _is_timed(rows) else (rows, {})
+        counts = {name: count + len(apart.get(name, ())) for name, count in counts.items()}
+    events, wrong = keep_whole(events, users, items, window)
+    counts = {name: count + len(wrong.pop(name, ())) for name, count in counts.items()}
     if ARRIVAL in events.column_names:
         broken = wrong.pop(NO_LABEL, events.slice(0, 0))
         is_mended = pa.array(mended(broken, events))
@@ -41,42 +49,68 @@ def settle(
         {reason: rows for reason, rows in by_reason.items() if len(rows)}
         for by_reason in (raw.rejected | wrong, set_aside)
     )
-    return events, rejected, set_aside, later
+    return events, rejected, set_aside, counts
 
 
 def keep_whole(
-    events: pa.Table, users: pa.Table, items: pa.Table, until: datetime | None
+    events: pa.Table, users: pa.Table, items: pa.Table, window: Window
 ) -> tuple[pa.Table, dict[str, pa.Table]]:
-    """The events that are whole and known before `until`; and the others, by reason.
+    """The events that are whole, in the window and known before its end; and the others, by reason.
 
     A row is known from its arrival on, or, where it has none, from its time on. A time later than tomorrow cannot be
-    true, and no row can arrive before it happened. A row that is UNKNOWN_YET is not broken.
+    true, and no row can arrive before it happened. A row that is UNKNOWN_YET or OUTSIDE is not broken.
     """
-    tomorrow = pa.scalar(datetime.now(UTC) + timedelta(days=1), TIMESTAMP)
-    limit = tomorrow if until is None else pa.scalar(until, TIMESTAMP)
+    now = datetime.now(UTC)
+    tomorrow = pa.scalar(max(now, window.until or now) + timedelta(days=1), TIMESTAMP)
+    limit = tomorrow if window.until is None else pa.scalar(window.until, TIMESTAMP)
     labels = pa.array([0, 1], pa.int8())
-
-    def known(rows: pa.Table) -> pa.ChunkedArray:
-        return pc.coalesce(*(rows[name] for name in (ARRIVAL, "timestamp") if name in rows.column_names))
 
     def is_unknown(rows: pa.Table, column: str, values: pa.Array) -> pa.ChunkedArray:
         return pc.invert(pc.is_in(rows[column], value_set=values, skip_nulls=True))
 
-    left_out = {}
-    for reason, is_so in {
-        "later than tomorrow": lambda rows: pc.greater_equal(known(rows), tomorrow),
-        UNKNOWN_YET: lambda rows: pc.greater_equal(known(rows), limit),
+    return _sort_out(events, {
+        "later than tomorrow": lambda rows: pc.greater_equal(_known(rows), tomorrow),
+        **_beyond(window),
         "no timestamp": lambda rows: pc.is_null(rows["timestamp"]),
         "happens after it arrived": lambda rows: pc.greater_equal(rows["timestamp"], limit),
         "unknown user": lambda rows: is_unknown(rows, "user_id", users["user_id"].combine_chunks()),
         "unknown item": lambda rows: is_unknown(rows, "item_id", items["item_id"].combine_chunks()),
         NO_LABEL: lambda rows: is_unknown(rows, "label", labels),
-    }.items():
-        marked = is_so(events).fill_null(False)
+    })  # fmt: skip
+
+
+def _sort_out(
+    rows: pa.Table, reasons: dict[str, Callable[[pa.Table], pa.ChunkedArray]]
+) -> tuple[pa.Table, dict[str, pa.Table]]:
+    """The rows of which no reason is true, and the others, each under the first reason that is."""
+    left_out = {}
+    for reason, is_so in reasons.items():
+        marked = is_so(rows).fill_null(False)
         if pc.any(marked).as_py():
-            left_out[reason] = events.filter(marked)
-            events = events.filter(pc.invert(marked))
-    return events, left_out
+            left_out[reason] = rows.filter(marked)
+            rows = rows.filter(pc.invert(marked))
+    return rows, left_out
+
+
+def _beyond(window: Window) -> dict[str, Callable[[pa.Table], pa.ChunkedArray]]:
+    """Whether a row lies beyond a bound of the window, by reason."""
+    bounds = {}
+    if window.until is not None:
+        until = pa.scalar(window.until, TIMESTAMP)
+        bounds[UNKNOWN_YET] = lambda rows: pc.greater_equal(_known(rows), until)
+    if window.since is not None:
+        since = pa.scalar(window.since, TIMESTAMP)
+        bounds[OUTSIDE] = lambda rows: pc.less(rows["timestamp"], since)
+    return bounds
+
+
+def _is_timed(rows: pa.Table) -> bool:
+    return "timestamp" in rows.column_names and rows.schema.field("timestamp").type == TIMESTAMP
+
+
+def _known(rows: pa.Table) -> pa.ChunkedArray:
+    """When each row was known."""
+    return pc.coalesce(*(rows[name] for name in (ARRIVAL, "timestamp") if name in rows.column_names))
 
 
 def versions(events: pa.Table) -> tuple[pa.Table, dict[str, pa.Table]]:
@@ -151,7 +185,7 @@ def unusual_days(events: pa.Table, set_aside: dict[str, pa.Table]) -> dict[str, 
         arrival = events[ARRIVAL].fill_null(0).to_numpy()
         found["late"] = _count(events.filter(pa.array(arrival >= end + DAY)))
     for reason, rows in set_aside.items():
-        if "timestamp" in rows.column_names and rows.schema.field("timestamp").type == EVENTS.field("timestamp").type:
+        if reason.startswith(AGAIN) and _is_timed(rows):
             found[reason] = _count(rows)
     last = np.datetime64(max(found["rows"]))
     month = np.arange(max(np.datetime64(min(found["rows"])), last - MONTH * DAY), last).astype(str).tolist()

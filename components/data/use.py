@@ -22,7 +22,7 @@ from components.common.artifacts import new_file
 from components.common.config import load, section
 from components.common.contracts import EVENTS, HISTORY, IMAGE, ITEMS, OPTIONAL, USERS, attributes, conform
 from components.data import sources
-from components.data.sources import RawTables, brief
+from components.data.sources import RawTables, Window, brief
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
@@ -46,7 +46,7 @@ def use(source: str, raw: str | None, params: Path) -> None:
     settings: Any = load(params, f"ingest.{source}", SETTINGS[source]) if source in SETTINGS else None
     if isinstance(settings, FilesConfig):
         _require_mapping(raw, settings.events.path)
-    found = sources.read(source, raw, settings, rows=ROWS)
+    found = sources.read(source, raw, settings, Window(), rows=ROWS)
     events = conform(found.events, EVENTS, f"{source} events", optional=OPTIONAL)
     if not len(events):
         reasons = ", ".join(f"{reason}: {len(rows)}" for reason, rows in found.rejected.items() if len(rows))

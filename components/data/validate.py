@@ -76,7 +76,7 @@ def suites(
         del table
     recent = recent_days(data, config, until)
     events = event_frame(data)
-    broken = quarantine_frame(data.root, facts["broken"], facts["rows"]["read"] - facts["rows"]["later"])
+    broken = quarantine_frame(data.root, facts["broken"], facts["rows"]["known"] - facts["rows"]["outside"])
     tables |= {
         "events": (events, rules.event_rules(until, events.columns)),
         "days": (day_frame(recent, config), rules.day_rules(config)),

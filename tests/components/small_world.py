@@ -69,11 +69,12 @@ NO_FILES = FilesConfig(events=NO_TABLE, users=NO_TABLE, items=NO_TABLE, vectors=
 
 
 def ingest_config(
-    source: str = "simulator", raw: str | None = None, until: str | None = UNTIL, files: FilesConfig = NO_FILES
-) -> IngestConfig:
+    source: str = "simulator", raw: str | None = None, until: str | None = UNTIL, files: FilesConfig = NO_FILES,
+    window_days: int | None = None, lead_days: int = 0,
+) -> IngestConfig:  # fmt: skip
     return IngestConfig(
-        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, max_rejected=0.01, picture_hosts=[],
-        simulator=SIMULATOR, files=files,
+        source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, window_days=window_days,
+        lead_days=lead_days, max_rejected=0.01, picture_hosts=[], simulator=SIMULATOR, files=files,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def ingest_simulator(output: Path) -> Path:
 def ingest_tables(raw: RawTables, output: Path, until: str | None = None) -> dict[str, Any]:
     """Ingest through an adapter as a user writes one: a module with `read`, and a line in ADAPTERS."""
     module = ModuleType("planted_source")
-    module.read = lambda path, config, rows=None: raw  # type: ignore[attr-defined]
+    module.read = lambda path, config, window, rows=None: raw  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "planted_source", module)
         patch.setitem(sources.ADAPTERS, "planted", "planted_source")

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from components.common.contracts import END_OF_TIME, TIMESTAMP, conform, read_parquet
-from components.data.sources import RawTables, brief
+from components.data.sources import RawTables, Window, brief
 
 AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
 NEUTRAL_RATING = 3
@@ -29,7 +29,7 @@ NO_RATING = "rating is not 1 to 5"
 NO_TIME = "time is not in the years 1970 to 9999"
 
 
-def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
+def read(raw: str, config: None, window: Window, rows: int | None = None) -> RawTables:
     """Events, users (gender, age, occupation), items (decade; genres as tags), text and image.
 
     The files of this layout are small: `rows` is ignored.
@@ -47,11 +47,12 @@ def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
         left_out[reason] = kept.filter(is_so)
         kept = kept.filter(pc.invert(is_so))
     aside = left_out.pop(f"rating of {NEUTRAL_RATING}")
+    aside = aside.set_column(3, "timestamp", _times(aside["seconds"]))  # so that ingest can drop what it does not know
     events = pa.table(
         {
             "user_id": kept["user_id"],
             "item_id": kept["item_id"],
-            "timestamp": pc.multiply(kept["seconds"], 1_000_000).cast(TIMESTAMP),
+            "timestamp": _times(kept["seconds"]),
             "label": pc.greater(kept["rating"], NEUTRAL_RATING).cast(pa.int8()),
         }
     ).sort_by([("timestamp", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")])
@@ -87,13 +88,18 @@ def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
                 "age": _rename(users["age"], AGES),
                 "occupation": users["occupation"],
             }
-        ).filter(pc.is_in(users["user_id"].cast(pa.int64()), value_set=pc.unique(events["user_id"]))),
+        ),
         items=items.sort_by("item_id"),
         modalities={"image": read_parquet(images)} if images.is_file() else {},
         read=len(ratings),
         rejected=left_out,
         set_aside={f"rating of {NEUTRAL_RATING}": aside},
+        derived=("users",),  # who has rated nothing yet is no user yet
     )
+
+
+def _times(seconds: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.multiply(seconds, 1_000_000).cast(TIMESTAMP)
 
 
 def _table(folder: Path, name: str, columns: list[str], kind: pa.DataType) -> pa.Table:

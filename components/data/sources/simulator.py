@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from components.common.contracts import EVENTS, ORACLE, TIMESTAMP
-from components.data.sources import RawTables
+from components.data.sources import RawTables, Window
 
 TOPICS = {
     "cooking": ("Sourdough", "Noodle", "Pepper", "Skillet", "Harvest"),
@@ -232,7 +232,7 @@ class World:
         return pa.table({"item_id": kept * STRIDE + FIRST_ITEM, "vector": pa.FixedSizeListArray.from_arrays(flat, dim)})
 
 
-def read(raw: str, config: SimulatorConfig, rows: int | None = None) -> RawTables:
+def read(raw: str, config: SimulatorConfig, window: Window, rows: int | None = None) -> RawTables:
     """Every day of the world. With `rows`, so many rows of the first and the last day. `raw`, its code, is not read."""
     from tqdm import tqdm
 

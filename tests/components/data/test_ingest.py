@@ -18,7 +18,7 @@ from components.common.artifacts import folder_hash
 from components.common.config import parse_time
 from components.common.contracts import Canonical
 from components.data import ingest, sources
-from components.data.sources import RawTables
+from components.data.sources import RawTables, Window
 from components.data.sources.simulator import read
 from models import schema
 from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
@@ -28,7 +28,7 @@ RATINGS = "1::10::5::978300760\n2::10::1::978300761\n"
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read("", SIMULATOR)
+    return read("", SIMULATOR, Window())
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def test_what_goes_in_comes_out(raw: RawTables, tmp_path: Path) -> None:
     }
     assert facts["label_rate"] == pytest.approx(np.mean(raw.events["label"].to_pylist()))
     assert (facts["first_day"], facts["last_day"], facts["days"]) == ("2024-03-01", "2024-03-08", 8)
-    assert json.loads((tmp_path / "canonical" / "source.json").read_text()) == facts
+    rows = {"known": 3200, "outside": 0, "written": 3200, "left_out": {}}
+    assert json.loads((tmp_path / "canonical" / "source.json").read_text()) == facts | {"rows": rows}
 
 
 def test_extra_columns_are_read_as_the_server_reads_a_request(raw: RawTables, tmp_path: Path) -> None:
@@ -250,3 +251,43 @@ def test_pictures_come_from_named_hosts_alone(raw: RawTables, tmp_path: Path) ->
         assert found["pictures"] == {"named": 1, "written": 0, "left_out": left_out}
         with pytest.raises(ValueError, match=r"1 of 1 pictures cannot be read.*cannot be opened"):
             ingest.run(replace(ingest_config(), picture_hosts=["127.0.0.1"]), tmp_path / "asked")
+
+
+def test_a_window_counts_the_rows_before_it_and_writes_them_nowhere(raw: RawTables, tmp_path: Path) -> None:
+    """Six days, of which four are trained on; the rows of the first two days are counted, broken or not."""
+    labels = [7, *raw.events["label"].to_pylist()[1:]]
+    given = replace(
+        raw, events=with_column(raw.events, "label", labels), set_aside={"repeated": raw.events.slice(0, 3)}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "read", lambda *_, **__: given)
+        facts = ingest.run(ingest_config(window_days=4, lead_days=2), tmp_path / "canonical")
+    assert facts["rows"] == {"read": 3203, "later": 0, "outside": 803, "written": 2400, "left_out": {}}
+    assert (facts["first_day"], facts["train_from"], facts["last_day"]) == ("2024-03-03", "2024-03-05", "2024-03-08")
+    assert not (tmp_path / "canonical" / "quarantine").exists()
+
+
+@pytest.mark.parametrize(
+    ("until", "first", "since"),
+    [
+        ("2024-03-09T00:00:00+00:00", "2024-03-05", "2024-03-03"),
+        ("2024-03-09T02:00:00+02:00", "2024-03-05", "2024-03-03"),
+        ("2024-03-08T06:00:00+00:00", "2024-03-05", "2024-03-03"),  # the day that it cuts is one of the four
+    ],
+)
+def test_the_days_of_a_window(until: str, first: str, since: str) -> None:
+    config = ingest_config(until=until, window_days=4, lead_days=2)
+    assert config.train_from() == datetime.fromisoformat(f"{first}T00:00:00+00:00")
+    window = config.window()
+    assert (window.since, window.until) == (datetime.fromisoformat(f"{since}T00:00:00+00:00"), parse_time("x", until))
+    everything = ingest_config(until=until)
+    assert everything.train_from() is None and everything.window().since is None
+
+
+def test_a_window_needs_its_end() -> None:
+    with pytest.raises(ValueError, match="window_days is 4, but until is null.*give until, or set window_days to null"):
+        ingest_config(until=None, window_days=4)
+    with pytest.raises(ValueError, match="window_days is 0; it must be at least 1, or null"):
+        ingest_config(window_days=0)
+    with pytest.raises(ValueError, match="lead_days is -1; it must be 0 or more"):
+        ingest_config(lead_days=-1)

@@ -18,14 +18,14 @@ import pytest
 from components.common.artifacts import folder_hash
 from components.common.contracts import EVENTS, TIMESTAMP, Canonical, attributes
 from components.data import revisions
-from components.data.sources import RawTables
+from components.data.sources import RawTables, Window
 from components.data.sources.simulator import read
 from tests.components.small_world import SIMULATOR, ingest_tables, with_column
 
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read("", SIMULATOR)
+    return read("", SIMULATOR, Window())
 
 
 def no_time(raw: RawTables, rows: int) -> RawTables:
@@ -40,7 +40,7 @@ def quarantined(canonical: Path) -> dict[str, pa.Table]:
 
 def test_a_few_broken_rows_go_to_quarantine(raw: RawTables, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = ingest_tables(no_time(raw, 2), tmp_path / "canonical")
-    assert facts["rows"] == {"read": 3200, "later": 0, "written": 3198, "left_out": {"no timestamp": 2}}
+    assert facts["rows"] == {"read": 3200, "later": 0, "outside": 0, "written": 3198, "left_out": {"no timestamp": 2}}
     assert facts["impressions"] == 3198 == Canonical(tmp_path / "canonical").events().num_rows
     (rows,) = quarantined(tmp_path / "canonical").values()
     assert rows["user_id"].to_pylist() == raw.events["user_id"].to_pylist()[:2]
@@ -53,7 +53,13 @@ def test_what_a_source_left_out_is_counted_and_kept(raw: RawTables, tmp_path: Pa
     aside, broken = pa.table({"line": ["a", "b", "c"]}), pa.table({"line": ["?"]})
     given = replace(raw, set_aside={"rating of 3": aside}, rejected={"torn": broken})
     facts = ingest_tables(given, tmp_path / "canonical")
-    assert facts["rows"] == {"read": 3204, "later": 0, "written": 3200, "left_out": {"torn": 1, "rating of 3": 3}}
+    assert facts["rows"] == {
+        "read": 3204,
+        "later": 0,
+        "outside": 0,
+        "written": 3200,
+        "left_out": {"torn": 1, "rating of 3": 3},
+    }
     found = quarantined(tmp_path / "canonical")
     assert found["rating of 3"]["line"].to_pylist() == ["a", "b", "c"] and len(found["torn"]) == 1
     many = replace(raw, set_aside={"rating of 3": pa.table({"line": ["a"] * 4000})})  # no fault, so no limit
@@ -105,7 +111,13 @@ def test_a_day_delivered_again_counts_once_and_the_newest_row_of_an_impression_c
         (1, 0, "tv", first), (2, 1, "phone", again), (3, 0, "tv", first), (4, 0, "tv", first), (4, 0, "tv", later),
         (5, 1, "tv", NOON + 20 * HOUR),
     ]  # fmt: skip
-    assert facts["rows"] == {"read": 10, "later": 0, "written": 6, "left_out": {"repeated": 1, "corrected later": 3}}
+    assert facts["rows"] == {
+        "read": 10,
+        "later": 0,
+        "outside": 0,
+        "written": 6,
+        "left_out": {"repeated": 1, "corrected later": 3},
+    }
     assert facts["unusual_days"] == {"2024-03-01": {"rows": 6, "late": 1, "repeated": 1, "corrected later": 3}}
     kept = quarantined(tmp_path / "whole")
     assert kept["repeated"]["created_at"].to_pylist() == [first]
@@ -119,7 +131,7 @@ def test_a_day_delivered_again_as_it_was_changes_nothing(raw: RawTables, tmp_pat
     again = [(*row[:4], NOON + 3 * DAY) for row in rows[5:15]]
     ingest_tables(deliveries(raw, *rows), tmp_path / "once")
     facts = ingest_tables(deliveries(raw, *reversed(again), *rows), tmp_path / "twice")
-    assert facts["rows"] == {"read": 30, "later": 0, "written": 20, "left_out": {"repeated": 10}}
+    assert facts["rows"] == {"read": 30, "later": 0, "outside": 0, "written": 20, "left_out": {"repeated": 10}}
     once, twice = (Canonical(tmp_path / name).events() for name in ("once", "twice"))
     assert once.equals(twice)
     assert folder_hash(tmp_path / "once" / "events") == folder_hash(tmp_path / "twice" / "events")
@@ -161,7 +173,7 @@ def test_rows_without_a_user_are_no_versions_of_each_other(raw: RawTables, tmp_p
     given = deliveries(raw, *whole, *nobody)
     given = replace(given, users=pa.table({"user_id": range(-1, 300)}))
     facts = ingest_tables(given, tmp_path / "canonical")
-    assert facts["rows"] == {"read": 303, "later": 0, "written": 300, "left_out": {"unknown user": 3}}
+    assert facts["rows"] == {"read": 303, "later": 0, "outside": 0, "written": 300, "left_out": {"unknown user": 3}}
 
 
 FAR = datetime(2099, 1, 1, tzinfo=UTC)
@@ -200,7 +212,7 @@ def test_every_row_has_a_fate(
     broken = {fate: 1} if fate not in (None, NOT_YET) else {}
     facts = ingest_tables(given, tmp_path / "canonical", until and until.isoformat())
     assert facts["rows"] == {
-        "read": 121, "later": int(fate == NOT_YET), "written": 120 if fate else 121, "left_out": broken,
+        "read": 121, "later": int(fate == NOT_YET), "outside": 0, "written": 120 if fate else 121, "left_out": broken,
     }  # fmt: skip
     assert facts["broken"] == broken
     assert not fate or re.search(rf"{fate} +│ +-1", capsys.readouterr().err)
@@ -238,7 +250,8 @@ def test_a_later_delivery_changes_no_byte_of_what_was_known(raw: RawTables, tmp_
         hashes.append(folder_hash(tmp_path / name))
     assert hashes[0] == hashes[1]
     assert [facts.pop("rows") for facts in found] == [
-        {"read": 9 + later, "later": later, "written": 8, "left_out": {"corrected later": 1}} for later in (0, 10)
+        {"read": 9 + later, "later": later, "outside": 0, "written": 8, "left_out": {"corrected later": 1}}
+        for later in (0, 10)
     ]
     assert found[0] == found[1]
     known = ingest_tables(deliveries(raw, *early, *late), tmp_path / "later", until=(until + DAY).isoformat())

@@ -134,7 +134,7 @@ def test_every_format_and_place_gives_the_same_rows(place: str, where: str, inge
     ]
     assert data.events().column_names == ["user_id", "item_id", "timestamp", "label", "device", "price"]
     assert data.users()["user_id"].to_pylist() == [7, 8, 9] and data.items()["item_id"].to_pylist() == [50, 51, 52, 53]
-    assert facts["rows"] == {"read": 6, "later": 0, "written": 6, "left_out": {}}
+    assert facts["rows"] == {"read": 6, "later": 0, "outside": 0, "written": 6, "left_out": {}}
 
 
 def test_users_items_and_vectors(ingested: Any) -> None:
@@ -225,7 +225,7 @@ def test_a_broken_value_sends_its_row_to_quarantine(name: str, ingested: Any) ->
     lines[3][lines[0].index(column)] = value
     text = "\n".join(",".join(line) for line in lines).encode()
     facts, data = ingested({"events/a.csv": text}, mapped(), max_rejected=0.2)
-    assert facts["rows"] == {"read": 6, "later": 0, "written": 5, "left_out": {told: 1}}
+    assert facts["rows"] == {"read": 6, "later": 0, "outside": 0, "written": 5, "left_out": {told: 1}}
     assert data.events()["timestamp"].to_pylist() == [NOON + timedelta(minutes=i) for i in (0, 1, 3, 4, 5)]
     (kept,) = (pq.read_table(file).to_pylist() for file in (data.root / "quarantine").iterdir())
     (row,) = kept
@@ -296,7 +296,7 @@ def test_the_row_of_a_broken_value_is_counted_over_the_batches(ingested: Any, mo
 def test_a_torn_line_is_kept_too(ingested: Any) -> None:
     text = as_csv(table()) + b"1,2,3\n"
     facts, data = ingested({"events/a.csv": text}, mapped(), max_rejected=0.2)
-    assert facts["rows"] == {"read": 7, "later": 0, "written": 6, "left_out": {"line is torn": 1}}
+    assert facts["rows"] == {"read": 7, "later": 0, "outside": 0, "written": 6, "left_out": {"line is torn": 1}}
     (file,) = (data.root / "quarantine").iterdir()
     assert pq.read_table(file)["values"].to_pylist() == ["1,2,3"]
 
@@ -338,7 +338,13 @@ def test_a_partition_that_comes_twice_counts_once(ingested: Any) -> None:
     twice = pa.concat_tables([table(2), table(2)])  # equal rows of one file are impressions of their own
     files = {"events/1.parquet": twice, "events/2.parquet": table(4), "events/3.csv": as_csv(table(2, first=4))}
     facts, data = ingested(files, mapped())
-    assert facts["rows"] == {"read": 10, "later": 0, "written": 8, "left_out": {"repeated by a later file": 2}}
+    assert facts["rows"] == {
+        "read": 10,
+        "later": 0,
+        "outside": 0,
+        "written": 8,
+        "left_out": {"repeated by a later file": 2},
+    }
     assert data.events()["item_id"].to_pylist() == [50, 50, 51, 51, 52, 53, 50, 51]
     assert facts["unusual_days"] == {"2024-03-01": {"rows": 8, "repeated by a later file": 2}}
 
@@ -364,7 +370,7 @@ def test_a_file_that_corrects_an_earlier_one(ingested: Any) -> None:
     facts, data = ingested(files, mapped())
     assert data.events()["label"].to_pylist() == [0, 0, 1, 1]
     assert facts["rows"] == {
-        "read": 8, "later": 0, "written": 4,
+        "read": 8, "later": 0, "outside": 0, "written": 4,
         "left_out": {"corrected by a later file": 2, "repeated by a later file": 2},
     }  # fmt: skip
     assert facts["unusual_days"]["2024-03-01"]["corrected by a later file"] == 2
@@ -395,7 +401,10 @@ def test_an_arrival_column_makes_the_newest_row_count(ingested: Any) -> None:
     facts, _ = ingested(files, mapped(events))
     assert facts["rows"]["left_out"] == {"corrected later": 6} and facts["label_rate"] == 1
     facts, _ = ingested(files, mapped(events), until=(NOON + timedelta(hours=3)).isoformat())
-    assert facts["rows"] == {"read": 12, "later": 6, "written": 6, "left_out": {}} and facts["label_rate"] == 0
+    assert (
+        facts["rows"] == {"read": 12, "later": 6, "outside": 0, "written": 6, "left_out": {}}
+        and facts["label_rate"] == 0
+    )
 
 
 def test_a_later_delivery_adds_no_user_and_no_item_to_the_days_before(ingested: Any) -> None:
@@ -423,7 +432,7 @@ def test_stray_quotes_are_counted_and_lose_no_other_row(ingested: Any) -> None:
     text = as_csv(rows).decode().replace('"', "").replace(",device 5,", ',"device 5,').replace(",device 105,", ',"105,')
     facts, data = ingested({"events/a.csv": text.encode()}, mapped(), max_rejected=0.01)
     reason = 'a quote (") is not closed on its line'
-    assert facts["rows"] == {"read": 1800, "later": 0, "written": 1798, "left_out": {reason: 2}}
+    assert facts["rows"] == {"read": 1800, "later": 0, "outside": 0, "written": 1798, "left_out": {reason: 2}}
     (file,) = (data.root / "quarantine").iterdir()
     assert pq.read_table(file)["line"].to_pylist() == [7, 107]
     with pytest.raises(ValueError, match=r"2 of 1800 rows are broken.*not closed on its line: 2, e\.g\. .*'line': '7'"):

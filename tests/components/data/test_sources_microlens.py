@@ -181,7 +181,7 @@ def test_test_rows_without_labels_are_set_aside(folders: Folders, given: Layout)
     assert set(rows["reason"].to_pylist()) == {"test has no label"}
     assert Canonical(folders.canonical).events().num_rows == ROWS["train"] + ROWS["valid"]
     told = json.loads((folders.canonical / "source.json").read_text())["rows"]
-    assert told["read"] == sum(ROWS.values()) and told["left_out"] == {"test has no label": ROWS["test"]}
+    assert told["known"] == sum(ROWS.values()) and told["left_out"] == {"test has no label": ROWS["test"]}
 
 
 def test_the_server_reads_the_newest_history(folders: Folders, given: Layout) -> None:

@@ -21,7 +21,7 @@ from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import Canonical
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data import pictures
-from components.data.sources import RawTables
+from components.data.sources import RawTables, Window
 from components.data.sources.simulator import read
 from components.features import embed
 from components.features.embed import EmbedConfig
@@ -37,7 +37,7 @@ Run = Callable[..., Path]
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
     """The simulator's tables; item 0 has no modality, item 1 texts alone."""
-    tables = read("", replace(SIMULATOR, new_share=0.5))
+    tables = read("", replace(SIMULATOR, new_share=0.5), Window())
     ids = tables.items["item_id"].to_pylist()
     text, image = tables.modalities["text"], tables.modalities["image"]
     without = {"text": ids[:1], "image": ids[:2]}
