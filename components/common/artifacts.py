@@ -41,7 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         elif not exchange(scratch, path):
             path.rename(old)
             scratch.rename(path)
-        _sync_entries(path.parent)
+        sync_entries(path.parent)
         for left in (scratch, old):
             shutil.rmtree(left, ignore_errors=True)
     except BaseException:
@@ -67,14 +67,14 @@ def sync(folder: Path) -> None:
     """Wait until all its files, and their names, are on the disk."""
     for file in folder.rglob("*"):
         if file.is_dir():
-            _sync_entries(file)
+            sync_entries(file)
         elif file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-    _sync_entries(folder)
+    sync_entries(folder)
 
 
-def _sync_entries(folder: Path) -> None:
+def sync_entries(folder: Path) -> None:
     """Wait until the names that a folder holds are on the disk: a rename alone may be lost with the power."""
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -93,7 +93,7 @@ def new_file(path: Path) -> Iterator[Path]:
         with scratch.open("rb") as opened:
             os.fsync(opened.fileno())
         scratch.replace(path)
-        _sync_entries(path.parent)
+        sync_entries(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
