@@ -30,7 +30,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from components.common import pipeline, threads
+from components.common import causes, pipeline, threads
+from components.operations import commands
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
@@ -166,12 +167,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 LIVE, REPORTS, RELEASES, SETUP = "Live clicks", "Reports and checks", "Releases", "Data and set-up"
+RUNS = "Runs"
 
 Params = Annotated[Path, typer.Option(help="The file with every number, a section for each stage.")]
 Canonical = Annotated[Path, typer.Option(help=FILES["canonical"])]
 Features = Annotated[Path, typer.Option(help=FILES["features"])]
 Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
 Pointer = Annotated[Path, typer.Option(help=FILES["pointer"])]
+
+
+app.command(rich_help_panel=RUNS)(commands.run)
+app.add_typer(commands.day, name="day", rich_help_panel=RUNS)
 
 
 @app.command(rich_help_panel=LIVE)
@@ -285,12 +291,12 @@ def _measured(name: str) -> Iterator[None]:
             raise
     except Exception as error:
         if not _disk_full(error):
-            _note(name, time.perf_counter() - begun, error=str(error)[:2000])
+            _note(name, time.perf_counter() - begun, error=str(error)[:2000], code=causes.exit_code(error))
         raise
     _note(name, time.perf_counter() - begun)
 
 
-def _note(name: str, seconds: float, **error: str) -> None:
+def _note(name: str, seconds: float, **error: Any) -> None:
     if not SPEAKS:
         return
     from components.common.artifacts import write_json
@@ -304,8 +310,9 @@ def _note(name: str, seconds: float, **error: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """0, or 1 with one message that says what is wrong and what to do."""
+    """0, or 1 with one message that says what is wrong and what to do; `run` and `day`: a code of causes.py."""
     stage = " ".join(part for part in arguments[:2] if not part.startswith("-")).replace(" ", "@")
+    steps = arguments[:1] in (["run"], ["day"])
     try:
         if stage and arguments[0] in STAGES and "--help" not in arguments:
             with _measured(stage):
@@ -314,23 +321,26 @@ def main(arguments: list[str]) -> int:
             app(arguments)
     except SystemExit as done:
         return int(done.code or 0)
+    except causes.StepError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 1
     except ValueError as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         console.print(f"[bold red]{stage or 'error'}:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         console.print(f"(raised at {frame.filename}:{frame.lineno})", style="dim", markup=False, soft_wrap=True)
-        return 1
+        return causes.exit_code(error) if steps else 1
     except Exception as error:
         if not _disk_full(error):
             raise
         free = shutil.disk_usage(Path.cwd()).free / 2**20
         console.print(
             f"{stage}: the disk is full ({free:.0f} MiB free at {Path.cwd()}): {error}. Nothing half-written will be "
-            "taken for whole. Free some space (`dvc gc --workspace --all-tags` drops what no release uses) and run it "
-            "again",
+            "taken for whole. Free some space (`python -m components day tidy` drops what no version and none of the "
+            "newest runs needs) and run it again",
             style="bold red", markup=False, soft_wrap=True,
         )  # fmt: skip
-        return 1
+        return causes.TRY_AGAIN if steps else 1
     return 0
 
 

@@ -20,6 +20,7 @@ import yaml
 from components.__main__ import configs_of, module_of, storey
 from components.common.config import load
 from components.common.pipeline import read
+from components.operations.day import RunConfig
 from models.families import FAMILIES, network_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,10 +209,14 @@ def require_same_keys(where: str, section: dict[str, Any], config: type[Any]) ->
 
 
 def test_the_sections_are_those_that_stages_read() -> None:
-    assert {name.partition(".")[0] for name in sections()} == set(PARAMS)
+    assert {name.partition(".")[0] for name in sections()} | set(COMMANDS_SECTIONS) == set(PARAMS)
 
 
-@pytest.mark.parametrize(("name", "config"), sections().items(), ids=sections())
+# Sections that a command reads, and no stage.
+COMMANDS_SECTIONS: dict[str, type[Any]] = {"run": RunConfig}
+
+
+@pytest.mark.parametrize(("name", "config"), (sections() | COMMANDS_SECTIONS).items())
 def test_a_section_fits_its_config_and_has_its_keys_in_their_order(name, config) -> None:
     section = PARAMS
     for part in name.split("."):

@@ -273,7 +273,7 @@ def test_a_full_disk_is_reported_in_a_sentence_and_leaves_nothing(small_disk, wr
     assert done.returncode == 1, done.stderr
     assert "gate: the disk is full (" in done.stderr
     # with --workspace alone, the champion's checkpoint would go
-    assert "(`dvc gc --workspace --all-tags` drops what no release uses) and run it" in " ".join(done.stderr.split())
+    assert "(`python -m components day tidy` drops what no version" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert done.stdout.strip() == "LEFT"
 
