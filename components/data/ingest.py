@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from components.common.contracts import (
 )
 from components.data import pictures, sources
 from components.data.revisions import UNKNOWN_YET, settle, unusual_days
-from components.data.sources import RawTables, brief
+from components.data.sources import RawTables, Window, brief
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
@@ -59,6 +60,8 @@ class IngestConfig:
     raw            the path the source reads; the simulator has no files, its code is its input
     until          ISO time with a zone: events of later, or that arrived later, are left out, and freshness is
                    measured back from it; null takes every event, and then freshness is not judged
+    window_days    days before `until` that are trained on; null: all
+    lead_days      days before those, that are read for histories and popularity alone
     max_rejected   share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
     picture_hosts  host names from which pictures by URL may be fetched; without any, no URL is fetched
     simulator      the world that the simulator draws
@@ -68,6 +71,8 @@ class IngestConfig:
     source: str
     raw: str
     until: str | None
+    window_days: int | None
+    lead_days: int
     max_rejected: float
     picture_hosts: list[str]
     simulator: SimulatorConfig
@@ -84,7 +89,11 @@ class IngestConfig:
 def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
     settings = {"simulator": config.simulator, "files": config.files}.get(config.source)
-    raw = sources.read(config.source, config.raw, settings)
+    until = None if config.until is None else parse_time("ingest.until", config.until)
+    since = None
+    if until is not None and config.window_days is not None:
+        since = until - timedelta(days=config.window_days + config.lead_days)
+    raw = sources.read(config.source, config.raw, settings, Window(since=since, until=until))
     read = len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values())))
     if raw.read not in (None, read):
         raise ValueError(
@@ -106,7 +115,6 @@ def run(config: IngestConfig, output: Path) -> dict[str, Any]:
     if given:
         _require_histories(config, raw, events)
     events, users, items = (trimmed(t, s) for t, s in ((events, EVENTS), (users, USERS), (items, ITEMS)))
-    until = None if config.until is None else parse_time("ingest.until", config.until)
     if until is not None and given:
         raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
     events, rejected, set_aside, later = settle(raw, events, users, items, until)

@@ -1,13 +1,15 @@
 """Sources: adapters that turn somebody's raw files into canonical tables.
 
-An adapter is a module with `read(raw, config, rows=None) -> RawTables`, and a line in ADAPTERS. `raw` is ingest.raw,
-`config` the adapter's own section of `ingest` in params.yaml, or None where it has none. With `rows`, the adapter looks
-at its files instead of reading them whole: about so many rows of the first and the last file are enough.
+An adapter is a module with `read(raw, config, window, rows=None) -> RawTables`, and a line in ADAPTERS. `raw` is
+ingest.raw, `config` the adapter's own section of `ingest` in params.yaml, or None where it has none. It reads only what
+may hold rows of the window. With `rows`, it looks at its files instead of reading them whole: about so many rows of the
+first and the last file are enough.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,14 @@ ADAPTERS = {
     "files": "components.data.sources.files",
 }
 LONGEST = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The times of the rows that a run reads: since <= timestamp < until; None is no bound."""
+
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +65,13 @@ class RawTables:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def read(source: str, raw: str, config: Any, rows: int | None = None) -> RawTables:
-    """The raw tables of a source; with `rows`, of a sample of its files.
+def read(source: str, raw: str, config: Any, window: Window, rows: int | None = None) -> RawTables:
+    """The raw tables of a source in a window; with `rows`, of a sample of its files.
 
     Raises ValueError where the path is not there or a raw file is broken.
     """
     check(source, raw)
-    found: RawTables = import_module(ADAPTERS[source]).read(raw, config, rows=rows)
+    found: RawTables = import_module(ADAPTERS[source]).read(raw, config, window, rows=rows)
     return found
 
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from components.common.contracts import ARRIVAL, HISTORIES, HISTORY, IMAGE, SPLIT, TIMESTAMP, VECTORS
-from components.data.sources import RawTables, brief, timeless, values
+from components.data.sources import RawTables, Window, brief, timeless, values
 from components.data.sources.mapping import NAMES, PARTS, FilesConfig, Paths, TableConfig
 from components.data.sources.tables import IDS, Tables, numbered
 
@@ -40,7 +40,7 @@ MEMORY = "2GB"  # of the table that rows are gathered in, which spills to disk b
 IMPRESSION = {"user_id", "item_id", "timestamp"}
 
 
-def read(raw: str, config: FilesConfig, rows: int | None = None) -> RawTables:
+def read(raw: str, config: FilesConfig, window: Window, rows: int | None = None) -> RawTables:
     """The tables; with `rows`, so many rows of the first and the last file of each.
 
     Raises ValueError that names table, column, file and remedy where the mapping and the files do not agree.

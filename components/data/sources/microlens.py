@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.common.contracts import read_parquet, vector_matrix
-from components.data.sources import RawTables, timeless
+from components.data.sources import RawTables, Window, timeless
 
 FOLDER = "MicroLens_1M_x1"
 MEMORY = "2GB"  # of the deduplication, which spills to disk beyond
@@ -67,7 +67,7 @@ EVENTS = """
 """
 
 
-def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
+def read(raw: str, config: None, window: Window, rows: int | None = None) -> RawTables:
     """Events with their given histories and split, users, items, and vectors; with `rows`, of each file the first."""
     root = Path(raw)
     folder = root / FOLDER if (root / FOLDER).is_dir() else root

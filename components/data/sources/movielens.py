@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from components.common.contracts import END_OF_TIME, TIMESTAMP, conform, read_parquet
-from components.data.sources import RawTables, brief
+from components.data.sources import RawTables, Window, brief
 
 AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}
 NEUTRAL_RATING = 3
@@ -29,7 +29,7 @@ NO_RATING = "rating is not 1 to 5"
 NO_TIME = "time is not in the years 1970 to 9999"
 
 
-def read(raw: str, config: None = None, rows: int | None = None) -> RawTables:
+def read(raw: str, config: None, window: Window, rows: int | None = None) -> RawTables:
     """Events, users (gender, age, occupation), items (decade; genres as tags), text and image.
 
     The files of this layout are small: `rows` is ignored.

@@ -21,14 +21,14 @@ from components.data import ingest, sources
 from components.data.sources import RawTables
 from components.data.sources.simulator import read
 from models import schema
-from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, WINDOW, ingest_config, ingest_tables, with_column
 
 RATINGS = "1::10::5::978300760\n2::10::1::978300761\n"
 
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read("", SIMULATOR)
+    return read("", SIMULATOR, WINDOW)
 
 
 @pytest.fixture
