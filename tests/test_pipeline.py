@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = {
     "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
-    "evaluate@qin", "evaluate@sdcnv3", "gate", "package", "smoke",
+    "evaluate@qin", "evaluate@sdcnv3", "gate", "refit", "package", "smoke",
 }  # fmt: skip
 JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
 

@@ -163,6 +163,9 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
     pq.write_table(unseen(columns, fields, raw.splits["test"]), folder / UNSEEN)
     facts = {
         "splits": raw.splits,
+        "valid_from": "2026-01-09",
+        "test_from": "2026-01-10",
+        "ends": "2026-01-11",
         "bytes_per_row": 20,
         "data_sha256": file_hash(folder / "rows.safetensors"),
         "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),
