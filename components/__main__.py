@@ -35,6 +35,7 @@ from components.operations import commands
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
+MEASURED: dict[str, Any] = {}  # seconds and speed that the running stage found; equal inputs give equal outputs
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one
 DISK_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last is SQLite's
 STAGES = pipeline.read().commands()
@@ -51,10 +52,11 @@ FILES = {
     "pointer": "champion.json, which names the version that serves now.",
     "champion": "That version's checkpoint, as `champion` writes it.",
     "weights": "What training begins from, as `start` writes it for the model.",
-    "checkpoint": "The checkpoint that `train` wrote.",
+    "checkpoint": "A checkpoint's folder.",
     "checkpoints": "The folder that holds a checkpoint folder for each model.",
     "evaluations": "The folder that holds an evaluation folder for each model.",
-    "decision": "decision.json, as `gate` writes it.",
+    "decision": "decision.json, as `gate` writes it; for `package`, as `refit` does.",
+    "shipped": "The same decision, and the bytes that ship.",
     "package": "The folder that `package` wrote.",
     "metrics": "A JSON of the run's figures.",
     "history": "A CSV with one line for each epoch.",
@@ -124,7 +126,10 @@ def stage_command(stage: str) -> Any:
             own = ".".join([stage, *([given["model"]] if stage == "train" else [])])
             sections = {name: own if name == "config" else name for name in configs}
             given |= {name: load(params, sections[name], config) for name, config in configs.items()}
-        show(stage, step.summary(step.run(**given)))
+        found = step.run(**given)
+        show(stage, step.summary(found))
+        if hasattr(step, "measured"):
+            MEASURED.update(step.measured(found))
 
     options: dict[str, Any] = {
         name: Annotated[str, typer.Argument(help=MODEL)] if name == "model"
@@ -282,8 +287,10 @@ def rollback(
 
 @contextmanager
 def _measured(name: str) -> Iterator[None]:
-    """Notes the stage's seconds, peak memory and error under .scratch for the report, and prints the first two."""
+    """Notes the stage's seconds, peak memory, what it measured of itself, and its error under .scratch for the report.
+    Prints the first two."""
     begun = time.perf_counter()
+    MEASURED.clear()
     try:
         yield
     except SystemExit as done:  # how Typer ends, well or not
@@ -305,7 +312,7 @@ def _note(name: str, seconds: float, **error: Any) -> None:
     peak = max(own, children) / 1024
     if not error:
         console.print(f"{name}: {seconds:.1f} s, {peak:,.0f} MiB at most", style="green")
-    note = {"seconds": round(seconds, 1), "peak_mib": round(peak), **error}
+    note = {"seconds": round(seconds, 1), "peak_mib": round(peak), **MEASURED, **error}
     write_json(Path(".scratch/stages") / f"{name}.json", note)
 
 

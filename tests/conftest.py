@@ -39,6 +39,7 @@ TINY = {
     "train.sdcnv3.max_epochs": 1,
     "train.sdcnv3.batch_size": 512,
     "train.sdcnv3.device": "cpu",
+    "refit.device": "cpu",
     "evaluate.bootstrap": 20,
     # thresholds that a model of one epoch on a tiny world passes: tests of the gate set their own
     "gate.min_auc": 0.0,

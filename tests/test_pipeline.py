@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = {
     "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
-    "evaluate@qin", "evaluate@sdcnv3", "gate", "package", "smoke",
+    "evaluate@qin", "evaluate@sdcnv3", "gate", "refit", "package", "smoke",
 }  # fmt: skip
 JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
 
@@ -76,9 +76,9 @@ def read(project: Project, path: str) -> Any:
 
 
 def locked(project: Project, stage: str) -> dict[str, Any]:
-    """Path -> hash of a stage's outputs, less the figures that hold its seconds."""
+    """Path -> hash of a stage's outputs."""
     lock = yaml.safe_load((project.root / "dvc.lock").read_text())["stages"][stage]
-    return {out["path"]: out["md5"] for out in lock["outs"] if out["path"] != "artifacts/train/qin.json"}
+    return {out["path"]: out["md5"] for out in lock["outs"]}
 
 
 @contextmanager
@@ -100,7 +100,13 @@ def test_one_command_runs_every_stage(project) -> None:
     assert set(decision["candidates"]) == {"qin", "sdcnv3"}
     for name, candidate in decision["candidates"].items():
         assert candidate["checkpoint_sha256"] == checkpoint_hash(project.root / "checkpoints" / name)
-    assert package["checkpoint_sha256"] == decision["checkpoint_sha256"]
+    shipped = read(project, "artifacts/refit/decision.json")["shipped"]
+    assert (
+        package["checkpoint_sha256"]
+        == shipped["checkpoint_sha256"]
+        == checkpoint_hash(project.root / "checkpoints/refit")
+    )
+    assert package["judged_sha256"] == decision["checkpoint_sha256"]
     smoke = read(project, "artifacts/smoke/smoke.json")
     assert smoke["passed"] and smoke["tag"] == package["tag"]
     assert git(project, "status", "--porcelain") == ""  # outputs are DVC's, not git's

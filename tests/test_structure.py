@@ -161,7 +161,7 @@ def test_every_path_of_a_command_is_declared_and_every_output_named(stage) -> No
             command = command.replace(f"${{item.{key}}}", value)
         options = dict(re.findall(r"--(\S+) (\S+)", command))
         for option, path in options.items():
-            there = one.outs if option in ("output", "docs", "metrics", "history") else one.deps
+            there = one.outs if option in ("output", "docs", "metrics", "history", "shipped") else one.deps
             inside = [p for p in there if p == path or p.startswith(f"{path}/") or path.startswith(f"{p}/")]
             assert inside, f"dvc.yaml, {stage}: --{option} {path} is in none of {there}"
         assert all(any(p == path or p.startswith(f"{path}/") for path in options.values()) for p in one.outs)
@@ -171,7 +171,7 @@ def test_the_families_are_the_matrix() -> None:
     for stage in ("train", "evaluate"):
         assert set(STAGES[stage]["matrix"]["model"]) == set(FAMILIES)
     assert set(PARAMS["train"]) == set(FAMILIES)
-    for stage in ("gate", "package"):
+    for stage in ("gate", "refit"):
         assert {f"checkpoints/{name}" for name in FAMILIES} <= set(STAGES[stage]["deps"])
 
 

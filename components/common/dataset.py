@@ -4,7 +4,7 @@
                           and click_log, user_ids; integers as narrow as they fit
     encoder/              schema.json and catalog.safetensors: what every index means
     unseen.parquet        field, row, value: values of the test rows that are UNKNOWN here, and a champion may know
-    dataset.json          row ranges of train, valid and test, hashes, counts
+    dataset.json          row ranges of train, valid and test, their first days, hashes, counts
 
 A history is click_log[end - length : end]. Vocabularies are those of the training days alone.
 """
@@ -68,6 +68,11 @@ class Dataset:
     @property
     def splits(self) -> dict[str, tuple[int, int]]:
         return {name: (start, end) for name, (start, end) in self.facts["splits"].items()}
+
+    def midnight(self, fact: str) -> str | None:
+        """When the day of `valid_from`, `test_from` or `ends` begins, as an ISO time; None where rows have no times."""
+        day = self.facts[fact]
+        return None if day is None else f"{day}T00:00:00+00:00"
 
     @property
     def click_log(self) -> Tensor:

@@ -23,6 +23,7 @@ from components.common.artifacts import file_hash, new_folder, read_json, write_
 from components.common.config import parse_time
 from components.common.contracts import (
     EVENTS,
+    HISTORY,
     ITEMS,
     ORACLE,
     TIMESTAMP,
@@ -32,7 +33,7 @@ from components.common.contracts import (
     vector_matrix,
 )
 from components.common.dataset import UNSEEN, encode_column, narrow, popularity_level
-from components.common.splits import SplitConfig, split_rows
+from components.common.splits import Split, SplitConfig, split_rows
 from models.encoder import save_encoder
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, schema_hash
 
@@ -82,8 +83,7 @@ def run(
         save_file(narrowed, folder / "rows.safetensors")
         facts = {
             "splits": splits,
-            "valid_from": cut.valid_day,
-            "test_from": cut.test_day,
+            **first_days(cut, events),
             "label_rate": {name: float(label[start:end].mean()) for name, (start, end) in splits.items()},
             "items": len(catalog) - SPECIAL,
             "clicks": len(log),
@@ -96,6 +96,14 @@ def run(
         pq.write_table(unseen(columns, joined.fields, splits["test"]), folder / UNSEEN)
         write_json(folder / "dataset.json", facts)
     return facts
+
+
+def first_days(cut: Split, events: pa.Table) -> dict[str, str | None]:
+    """The first valid day, the first test day, and the day after the newest row. None where times are made up."""
+    if HISTORY[0] in events.column_names:
+        return dict.fromkeys(("valid_from", "test_from", "ends"))
+    newest = pc.max(events["timestamp"]).as_py()
+    return {"valid_from": cut.valid_day, "test_from": cut.test_day, "ends": f"{newest + timedelta(days=1):%Y-%m-%d}"}
 
 
 def summary(facts: dict[str, Any]) -> dict[str, str]:

@@ -58,7 +58,9 @@ def run(
     columns = {"user_id": data.user_ids(slice(start, end)).numpy(), "label": labels, "score": scores}
     if (serving := fetched(champion)) is not None:
         current, folder = serving
-        theirs = predict_translated(load(folder), data, pq.read_table(dataset / UNSEEN), (start, end))
+        judge = load(folder)
+        require_unseen(judge, current["version"], data)
+        theirs = predict_translated(judge, data, pq.read_table(dataset / UNSEEN), (start, end))
         columns["champion_score"] = theirs
         found["champion"] = {
             "version": current["version"],
@@ -103,6 +105,16 @@ def require_same(trained: Checkpoint, data: Dataset, checkpoint: Path, dataset: 
                 f"{checkpoint}: {name} is {theirs}, {dataset} has {data.facts[name]}: it was trained on other data. "
                 f"Run `dvc repro train@{trained.family}`"
             )
+
+
+def require_unseen(champion: Checkpoint, version: str, data: Dataset) -> None:
+    """Raises ValueError where the champion has seen a test day: it would know what it is asked."""
+    seen, test = champion.facts.get("train_until"), data.midnight("test_from")
+    if seen is not None and test is not None and seen > test:
+        raise ValueError(
+            f"champion {version} has seen the days until {seen}, and today's test days begin at {test}: it knows the "
+            "answers. Name an older version in champion.json, or run a day that is newer than the champion's"
+        )
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""package: the approved checkpoint -> a Bento as a folder, with golden requests. It builds nothing if the gate rejects.
+"""package: what ships -> a Bento as a folder, with golden requests. It builds nothing if the gate rejects.
 
 package.json    what was built, from which bytes and for which versions of the packages that serve
 bento/          `bentoml serve "$PWD/artifacts/package/bento"`: BentoML doubles a relative path
@@ -37,6 +37,7 @@ from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
 GOLDEN_CANDIDATES = 20
 CODE = Path(bento.__file__).parents[1]
+NO_TIME = "1970-01-01T00:00:00+00:00"
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
@@ -63,36 +64,38 @@ class PackageConfig:
 
 
 def run(
-    config: PackageConfig, decision: Path, checkpoints: Path, dataset: Path, features: Path, repo: Path, output: Path
+    config: PackageConfig, decision: Path, checkpoint: Path, dataset: Path, features: Path, repo: Path, output: Path
 ) -> dict[str, Any]:
-    """Returns package.json. Raises ValueError where the bytes on disk are not those that the gate judged.
+    """Returns package.json. Raises ValueError where the bytes on disk are not those that the decision ships.
+
+    decision    as `refit` writes it: the gate's, and `shipped`
+    checkpoint  what ships: the refit, or the model that the gate judged
 
     The Bento's version is a hash of all that it serves from: model, item state, code, the versions of the packages that
     serve, and `repo`, the Feast repo whose definitions say what the online store returns.
     """
-    judged = read_json(decision, "gate")
+    judged = read_json(decision, "refit")
     if judged["verdict"] != "approve":
         with new_folder(output) as folder:
             package: dict[str, Any] = {"built": False, "reason": judged["reasons"]}
             write_json(folder / "package.json", package)
         return package
-    source = checkpoints / judged["model"]
     data = Dataset.open(dataset)
-    checkpoint = verify(judged, source, data, dataset)
+    ranker = verify(judged, checkpoint, data, dataset)
     sources = Sources(features / "sources")
     with new_folder(output) as folder, tempfile.TemporaryDirectory(prefix="clickloop-bento-") as scratch:
         model = Path(scratch) / "model"
         model.mkdir()
         for name in CHECKPOINT_FILES:
-            shutil.copy(source / name, model / name)
-        save_file(item_state(checkpoint, sources.popularity), model / ITEM_STATE)
+            shutil.copy(checkpoint / name, model / name)
+        save_file(item_state(ranker, sources.popularity), model / ITEM_STATE)
         code = Path(scratch) / "code"
         for part in ("bento", "models"):
             shutil.copytree(CODE / part, code / part, ignore=NO_CACHES)
         hashes = {
-            "checkpoint_sha256": judged["checkpoint_sha256"],
+            "checkpoint_sha256": judged["shipped"]["checkpoint_sha256"],
             "data_sha256": judged["data_sha256"],
-            "schema_sha256": checkpoint.schema_hash,
+            "schema_sha256": ranker.schema_hash,
             "item_state_sha256": file_hash(model / ITEM_STATE),
             "code_sha256": folder_hash(code),
             "feature_repo_sha256": folder_hash(shutil.copytree(repo, Path(scratch) / "repo", ignore=NO_CACHES)),
@@ -103,11 +106,13 @@ def run(
         write_json(model / SERVING, {"version": version, "max_candidates": config.max_candidates})
         facts: dict[str, Any] = {"version": version, "model": judged["model"], **hashes}
         build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, Path(scratch) / "home")
-        write_json(folder / "golden.json", golden(config, checkpoint, data, sources))
+        write_json(folder / "golden.json", golden(config, ranker, data, sources))
         package = {
             "built": True,
             "tag": f"{config.name}:{version}",
             **facts,
+            "judged_sha256": judged["checkpoint_sha256"],
+            "train_until": judged["shipped"]["train_until"],
             "max_candidates": config.max_candidates,
             "max_body_bytes": MAX_BODY_BYTES,
             "model_bytes": _size(model),
@@ -119,11 +124,9 @@ def run(
 
 def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -> Checkpoint:
     """The checkpoint, if the hashes say that it, the dataset and the decision belong together."""
-    found = checkpoint_hash(source)
-    if found != judged["checkpoint_sha256"]:
-        raise ValueError(
-            f"{source} hashes to {found}, the gate approved {judged['checkpoint_sha256']}; run `dvc repro gate`"
-        )
+    found, shipped = checkpoint_hash(source), judged["shipped"]["checkpoint_sha256"]
+    if found != shipped:
+        raise ValueError(f"{source} hashes to {found}, the decision ships {shipped}; run `dvc repro refit`")
     if data.facts["data_sha256"] != judged["data_sha256"]:
         raise ValueError(
             f"{dataset} holds data {data.facts['data_sha256']}, the gate judged on {judged['data_sha256']}; "
@@ -199,6 +202,8 @@ def build_bento(
     done = subprocess.run(command, cwd=code, env=env, capture_output=True, text=True)
     if done.returncode or not (output / "bento.yaml").is_file():
         raise RuntimeError(f"the Bento was not built (exit {done.returncode}):\n{(done.stdout + done.stderr)[-4000:]}")
+    for file in (output / "bento.yaml", *output.glob("models/*/*/model.yaml")):  # equal inputs build equal bytes
+        file.write_text(re.sub(r"(creation_time: )'.*'", rf"\1'{NO_TIME}'", file.read_text()))
 
 
 # ---- golden requests --------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The training loop: epochs of shuffled batches, each followed by the valid days, until these stop getting better.
 
+Rows without valid days are trained on for `max_epochs`, and the last epoch is the one that is kept: see `refit`.
+
 A batch is a gather on the device, where the rows lie as long as they fit. Else they stay on the host, and the next
 batch is fetched while this one is in use. Each epoch draws its order from (seed, epoch), and each step its dropout from
 (seed, epoch, step). So no generator's state is kept, and a run that was stopped or killed goes on to the same bytes.
@@ -105,17 +107,21 @@ class Loop:
                     loss = self.epoch(pause)
                 if whole:
                     seconds.append(time.perf_counter() - begun)
-                with enough_memory(self.name, self.device):
-                    found = {"train_loss": loss, **self.validate(pause)}
+                found = {"train_loss": loss}
+                if "valid" in self.data.splits:
+                    with enough_memory(self.name, self.device):
+                        found |= self.validate(pause)
                 if progress.note(self.config, found):
                     self.state.keep_best()
                 if self.ranks.rank == 0:
                     self.state.save()
-                speed = f", {(last - first) / seconds[-1]:,.0f} rows/s" if whole else ""
-                self.ranks.say(
-                    f"{self.name} epoch {progress.epoch}: loss {loss:.4f}, valid AUC {found['valid_auc']:.4f}, "
-                    f"logloss {found['valid_logloss']:.4f}{speed}"
+                judged = (
+                    f", valid AUC {found['valid_auc']:.4f}, logloss {found['valid_logloss']:.4f}"
+                    if "valid_auc" in found
+                    else ""
                 )
+                speed = f", {(last - first) / seconds[-1]:,.0f} rows/s" if whole else ""
+                self.ranks.say(f"{self.name} epoch {progress.epoch}: loss {loss:.4f}{judged}{speed}")
         return sum(seconds) / len(seconds) if seconds else 0.0
 
     def epoch(self, pause: Callable[[], None]) -> float:

@@ -44,9 +44,12 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def note(self, config: TrainConfig, found: dict[str, float]) -> bool:
-        """Take an epoch's figures in. Returns whether it is the best so far."""
+        """Take an epoch's figures in. Returns whether it is the best so far; without valid figures every epoch is."""
         self.epoch, self.step = self.epoch + 1, 0
         self.history.append({"epoch": self.epoch, "lr": self.lr, **found})
+        if "valid_auc" not in found:
+            self.best_epoch = self.epoch
+            return True
         worth = found["valid_auc"] - found["valid_logloss"]
         if worth > self.best:
             self.best, self.best_auc, self.best_epoch = worth, found["valid_auc"], self.epoch
@@ -152,5 +155,6 @@ def fingerprint(name: str, config: TrainConfig, data: Dataset, start: str) -> st
     code = [Path(str(part.__file__)) for part in (dataset, scoring)]
     code += sorted(Path(__file__).parent.glob("*.py"))
     code += sorted(file for file in Path(str(models.__file__)).parent.rglob("*.*") if file.suffix in (".py", ".c"))
-    parts = [name, asdict(config), data.facts["data_sha256"], data.facts["schema_hash"], start, torch.__version__]
+    facts = [data.facts[key] for key in ("data_sha256", "schema_hash", "splits")]
+    parts = [name, asdict(config), *facts, start, torch.__version__]
     return hashlib.sha256(json.dumps([*parts, *map(file_hash, code)], sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from components.common.dataset import Dataset
 from components.training.config import TrainConfig
 from components.training.loop import SCRATCH, DivergenceError, Loop, TrainingError, enough_memory
 from components.training.parallel import local_rank, ranks
-from components.training.state import State
-from components.training.warm_start import Start, take_weights
+from components.training.warm_start import Start, knows_valid_days, take_weights
 from models.checkpoint import Checkpoint, save
 from models.families import build
 from models.kernels import choice
-from models.layers import Ranker
+
+SPEED = ("rows_per_second", "device", "processes", "kernels")
 
 
 def run(
@@ -47,18 +46,20 @@ def run(
             f"{dataset}: the valid days hold {int(valid.sum())} clicks in {len(valid)} rows, and training watches "
             "their AUC; raise split.valid_share or give more days"
         )
-    device = _device(model, config)
+    device = device_of(f"train.{model}", config)
     begun = Start.read(weights)
     torch.manual_seed(config.seed)
     ranker = build(model, config.network, data.schema)
-    first, last = data.splits["train"]
     with ranks(device) as among:
         taken = None
         if begun.checkpoint is not None:
-            taken = take_weights(ranker, config.network, data, begun.checkpoint)
-            other = f"cold start: the champion {begun.champion} has another network: {begun.checkpoint.network}"
-            among.say(f"{model}: {f'starts from the champion {begun.champion}: {taken}' if taken else other}")
-        clock = time.perf_counter()
+            if seen := knows_valid_days(begun.checkpoint, data):
+                said = f"cold start: the champion {begun.champion} {seen}"
+            elif taken := take_weights(ranker, config.network, data, begun.checkpoint):
+                said = f"starts from the champion {begun.champion}: {taken}"
+            else:
+                said = f"cold start: the champion {begun.champion} has another network: {begun.checkpoint.network}"
+            among.say(f"{model}: {said}")
         champion = begun.champion if taken else None
         with enough_memory(model, device):
             loop = Loop(model, config, ranker.to(device), data, start=begun.sha256, ranks=among)
@@ -70,7 +71,7 @@ def run(
             if state.best:
                 best = SCRATCH / model / "best"
                 if among.rank == 0:
-                    _write_best(best, loop.config, model, ranker, data, champion, state)
+                    write_best(best, model, loop, data, facts(loop, champion))
                 remedy = (
                     f". With another train.{model} it starts again from epoch 1; the best epoch so far, "
                     f"{state.progress.best_epoch}, is a checkpoint in {best}"
@@ -78,63 +79,83 @@ def run(
             if isinstance(error, DivergenceError):  # as all processes do, and torchrun ends them with the first
                 among.largest(0)
             raise type(error)(f"{error}{remedy}") from error
-        seconds = time.perf_counter() - clock
     progress = state.progress
     found = {
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch,
         "valid_auc": progress.best_auc,
         "parameters": sum(p.numel() for p in ranker.parameters()),
-        "seconds": round(seconds, 2),
-        # of the training steps alone, over the epochs that this process ran whole
-        "rows_per_second": round((last - first) / seconds_an_epoch) if seconds_an_epoch else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
-        "processes": among.size,
-        "kernels": choice.chosen(),
     }
+    speed = speed_of(loop, seconds_an_epoch)
     if among.rank:
-        return found
-    _write_best(output, loop.config, model, ranker, data, champion, state)
+        return found | speed
+    write_best(output, model, loop, data, facts(loop, champion))
     history.parent.mkdir(parents=True, exist_ok=True)
     with new_file(history) as scratch, scratch.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, progress.history[0])
         writer.writeheader()
         writer.writerows(progress.history)
-    write_json(metrics, found)
+    write_json(metrics, found)  # equal runs write equal bytes: what was fast today is in the stage's note alone
     shutil.rmtree(SCRATCH / model, ignore_errors=True)
-    return found
+    return found | speed
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:
-    speed = found["rows_per_second"]
     return {
         "epochs": f"{found['epochs']}, the best is {found['best_epoch']}",
         "valid AUC": f"{found['valid_auc']:.4f}",
         "parameters": f"{found['parameters']:,}",
+        **speed_summary(found),
+    }
+
+
+def measured(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in SPEED}
+
+
+def speed_of(loop: Loop, seconds_an_epoch: float) -> dict[str, Any]:
+    """What a run's steps cost: rows a second over the epochs that this process trained whole, and on what."""
+    first, last = loop.data.splits["train"]
+    cuda = loop.device.type == "cuda"
+    return {
+        "rows_per_second": round((last - first) / seconds_an_epoch) if seconds_an_epoch else None,
+        "device": torch.cuda.get_device_name(loop.device) if cuda else f"cpu x {torch.get_num_threads()}",
+        "processes": loop.ranks.size,
+        "kernels": choice.chosen(),
+    }
+
+
+def speed_summary(found: dict[str, Any]) -> dict[str, str]:
+    speed = found["rows_per_second"]
+    return {
         "speed": f"{speed:,} rows/s on {found['device']}" if speed else "no whole epoch in this process",
         "kernels": ", ".join(f"{kernel} in {form}" for kernel, form in found["kernels"].items()) or "none needed",
     }
 
 
-def _write_best(
-    folder: Path, config: TrainConfig, name: str, model: Ranker, data: Dataset, champion: str | None, state: State
-) -> None:
-    """The best epoch's checkpoint, whole or not at all; the model takes its weights."""
-    model.load_state_dict(state.best)
+def facts(loop: Loop, champion: str | None) -> dict[str, Any]:
+    """What a checkpoint says of its training. `train_until`: the weights and the epochs know no row from there on."""
+    data, progress = loop.data, loop.state.progress
     first, last = data.splits["train"]
-    facts = {
+    return {
         "data_sha256": data.facts["data_sha256"],
-        "best_epoch": state.progress.best_epoch,
-        "valid_auc": state.progress.best_auc,
-        "train": {key: value for key, value in asdict(config).items() if key not in ("network", "device")},
+        "best_epoch": progress.best_epoch,
+        "valid_auc": progress.best_auc,
+        "train": {key: value for key, value in asdict(loop.config).items() if key not in ("network", "device")},
         "train_rows": last - first,
+        "train_until": data.midnight("test_from"),
         "warm_start": champion,
     }
+
+
+def write_best(folder: Path, name: str, loop: Loop, data: Dataset, facts: dict[str, Any]) -> None:
+    """The best epoch's checkpoint, whole or not at all; the model takes its weights."""
+    loop.model.load_state_dict(loop.state.best)
     with new_folder(folder) as scratch:
         checkpoint = Checkpoint(
             family=name,
-            network=config.network,
-            model=model,
+            network=loop.config.network,
+            model=loop.model,
             encoder=data.encoder,
             catalog=data.catalog,
             schema_hash=data.facts["schema_hash"],
@@ -143,11 +164,12 @@ def _write_best(
         save(scratch, checkpoint)
 
 
-def _device(name: str, config: TrainConfig) -> torch.device:
+def device_of(section: str, config: TrainConfig) -> torch.device:
+    """The device that a config names; `section` of params.yaml is where it is set. Raises ValueError on another."""
     wanted, local = config.device, local_rank()
     if local is not None and (config.compile or wanted not in ("auto", "cpu")):
         raise ValueError(
-            f"train.{name}.device is {wanted!r} and compile is {config.compile}; under torchrun the first must be "
+            f"{section}.device is {wanted!r} and compile is {config.compile}; under torchrun the first must be "
             "auto or cpu, and the second false"
         )
     if wanted == "auto":
@@ -156,5 +178,5 @@ def _device(name: str, config: TrainConfig) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the second: this torch knows no CUDA
-        raise ValueError(f"train.{name}.device is {wanted!r}: {error}; give auto, cpu or cuda:0") from None
+        raise ValueError(f"{section}.device is {wanted!r}: {error}; give auto, cpu or cuda:0") from None
     return device

@@ -52,6 +52,14 @@ class Start:
         return cls(version, None if version is None else load(folder / "checkpoint"), folder_hash(folder))
 
 
+def knows_valid_days(champion: Checkpoint, data: Dataset) -> str | None:
+    """In words, where the champion has seen a valid day: epochs could not be chosen by it. None where it has not."""
+    seen, valid = champion.facts.get("train_until"), data.midnight("valid_from")
+    if seen is None or valid is None or seen <= valid:
+        return None
+    return f"has seen the days until {seen}, and the valid days begin at {valid}"
+
+
 def take_weights(model: Ranker, network: dict[str, Any], data: Dataset, champion: Checkpoint) -> str | None:
     """Overwrite a fresh model's weights with those of a champion of the same family.
 

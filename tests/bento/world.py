@@ -93,6 +93,7 @@ def make_world(root: Path, family: str = "qin") -> World:
         "checkpoint_sha256": checkpoint_hash(world.model),
         "data_sha256": file_hash(world.dataset / "rows.safetensors"),
         "reasons": [],
+        "shipped": {"checkpoint_sha256": checkpoint_hash(world.model), "kind": "judged", "train_until": None},
     }
     world.decision.write_text(json.dumps(decision))
     return world

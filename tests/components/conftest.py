@@ -35,7 +35,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RawRows:
-    """Impressions in time order, with raw ids; row i's history is click_items[end[i] - length[i] : end[i]]."""
+    """Impressions in time order, with raw ids; row i's history is click_items[end[i] - length[i] : end[i]].
+
+    valid_from, test_from, ends   days, as dataset.json has them
+    """
 
     user: np.ndarray
     item: np.ndarray
@@ -47,6 +50,9 @@ class RawRows:
     end: np.ndarray
     length: np.ndarray
     splits: dict[str, tuple[int, int]]
+    valid_from: str | None = "2026-01-09"
+    test_from: str | None = "2026-01-10"
+    ends: str | None = "2026-01-11"
 
 
 def kind(item: int) -> str:
@@ -163,6 +169,9 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
     pq.write_table(unseen(columns, fields, raw.splits["test"]), folder / UNSEEN)
     facts = {
         "splits": raw.splits,
+        "valid_from": raw.valid_from,
+        "test_from": raw.test_from,
+        "ends": raw.ends,
         "bytes_per_row": 20,
         "data_sha256": file_hash(folder / "rows.safetensors"),
         "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),

@@ -28,8 +28,9 @@ from components.release.gate import GateConfig
 from components.release.package import PackageConfig
 from components.release.server import Served
 from components.release.smoke import SmokeConfig
-from components.training import start, train
+from components.training import refit, start, train
 from components.training.config import TrainConfig
+from components.training.refit import RefitConfig
 from components.training.start import StartConfig
 from tests.components.small_world import NO_FILES, PROJECT, Folders, ingest_config, new_repo
 
@@ -63,6 +64,7 @@ def tabular(part: str) -> pa.Table:
 class World(NamedTuple):
     folders: Folders
     decision: dict[str, Any]
+    refit: dict[str, Any]
     smoke: dict[str, Any]
 
 
@@ -96,13 +98,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             train.run(config, model, made.dataset, made.root / "start" / model, checkpoints / model, figures, history)
             judged = load(params, "evaluate", EvaluateConfig)
             evaluate.run(judged, model, checkpoints / model, made.dataset, champion, evaluations / model)
-    decided = gate.run(load(params, "gate", GateConfig), evaluations, checkpoints, made.dataset, champion, decision)
+        decided = gate.run(load(params, "gate", GateConfig), evaluations, checkpoints, made.dataset, champion, decision)
+        every_row = replace(load(params, "refit", RefitConfig), device="cpu")
+        shipped, ships = made.root / "refit.json", checkpoints / "refit"
+        refitted = refit.run(every_row, decision, checkpoints, made.dataset, ships, shipped)["shipped"]
+        judged_ships = replace(every_row, enabled=False)  # its scores are those that were measured
+        refit.run(judged_ships, decision, checkpoints, made.dataset, ships, shipped)
     package.run(
-        load(params, "package", PackageConfig), decision, checkpoints, made.dataset, made.features, made.repo, built
+        load(params, "package", PackageConfig), shipped, ships, made.dataset, made.features, made.repo, built
     )  # fmt: skip
     asked = replace(load(params, "smoke", SmokeConfig), latency_requests=20)
     served = smoke.run(asked, built, made.repo, made.root / "smoke.json")
-    return World(made, decided, served)
+    return World(made, decided, refitted, served)
 
 
 def test_both_models_are_judged_and_one_ships(world: World) -> None:
@@ -113,6 +120,8 @@ def test_both_models_are_judged_and_one_ships(world: World) -> None:
         assert rules["group_auc"]["value"] == pytest.approx(rules["auc"]["value"], abs=1e-9)  # all rows are one user's
         assert world.decision["candidates"][model]["passed"], world.decision["reasons"]
     assert world.smoke["passed"]
+    assert world.refit["kind"] == "refit", world.refit["reasons"]  # rows without times and users are refitted too
+    assert world.refit["train_until"] is None
 
 
 def test_a_row_is_served_the_score_that_was_measured(world: World) -> None:

@@ -68,7 +68,7 @@ class Project:
         self.write("data/validation/report.json", report)
 
     def trained(self, model: str) -> None:
-        self.write(f"artifacts/train/{model}.json", {"rows_per_second": 45678, "valid_auc": 0.6789})
+        self.write(f"artifacts/train/{model}.json", {"valid_auc": 0.6789})
         self.write(f"checkpoints/{model}/config.json", {"facts": {}})
         self.write(f"artifacts/train/{model}_history.csv", "epoch,valid_auc\n1,0.61\n2,0.66\n")
 
@@ -95,9 +95,11 @@ class Project:
             },
         })  # fmt: skip
         self.write("artifacts/package/package.json", {"built": True, "tag": "ctr-ranker:qin-0123"})
-        smoke = {"served": True, "latency_ms": {"p50": 3.21, "p99": 9.87}, "golden": {"max_abs_error": 1.2e-7}}
-        self.write("artifacts/smoke/smoke.json", smoke)
-        self.write(".scratch/stages/train@qin.json", {"seconds": 12.3, "peak_mib": 4567})
+        self.write("artifacts/smoke/smoke.json", {"served": True, "golden_requests": 20})
+        smoke = {"seconds": 9.1, "latency_ms": {"p50": 3.21, "p99": 9.87}, "max_abs_error": 1.2e-7}
+        self.write(".scratch/stages/smoke.json", smoke)
+        train = {"seconds": 12.3, "peak_mib": 4567, "rows_per_second": 45678}
+        self.write(".scratch/stages/train@qin.json", train)
 
 
 class Page(HTMLParser):

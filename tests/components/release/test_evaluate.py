@@ -172,6 +172,23 @@ def test_the_champion_is_measured_on_the_same_rows(dataset, data, checkpoint, ch
             assert other["slices"][name]["auc"] == pytest.approx(roc_auc_score(rows["label"][mask], expected[mask]))
 
 
+def test_a_champion_that_has_seen_a_test_day_judges_nothing(dataset, checkpoint, champion, tmp_path) -> None:
+    for seen, refused in ((None, False), ("2026-01-10", False), ("2026-01-11", True)):  # the test day is the 10th
+        theirs = load_checkpoint(checkpoint)
+        facts = dict(theirs.facts) | {"train_until": seen and f"{seen}T00:00:00+00:00"}
+        save(champion / "checkpoint", replace(theirs, facts=facts))
+        sha = checkpoint_hash(champion / "checkpoint")
+        pointer = {"version": "v0.0.7", "revision": "r", "model": "qin", "checkpoint_sha256": sha}
+        write_json(champion / "champion.json", pointer)
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"v0\.0\.7 has seen the days until 2026-01-11T.*test days begin at 2026"
+            ):
+                evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
+        else:
+            evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
+
+
 @pytest.mark.parametrize("model", ["qin", "sdcnv3"])
 def test_a_champion_of_another_day_scores_by_its_own_vocabulary(
     data, unseen, raw, encoder_over, save_model, tmp_path, monkeypatch, model

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from bento import ITEM_STATE, SERVING
 from bento.scorer import Scorer
+from components.common.artifacts import folder_hash
 from components.release import package
 from components.release.package import PackageConfig
 from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash, save
@@ -33,7 +34,7 @@ def world(tmp_path: Path) -> World:
 
 def run(world: World, config: PackageConfig = CONFIG) -> dict:
     output = world.root / "package"
-    return package.run(config, world.decision, world.checkpoints, world.dataset, world.features, world.repo, output)
+    return package.run(config, world.decision, world.model, world.dataset, world.features, world.repo, output)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_a_model_without_impression_fields_has_golden_requests(world: World) -> 
     save_encoder(world.dataset / "encoder", encoder, theirs.catalog)
     for file, changed in (
         (world.dataset / "dataset.json", {"schema_hash": found}),
-        (world.decision, {"checkpoint_sha256": checkpoint_hash(world.model)}),
+        (world.decision, {"shipped": {"checkpoint_sha256": checkpoint_hash(world.model), "train_until": None}}),
     ):
         file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     run(world)
@@ -186,6 +187,13 @@ def test_the_version_follows_the_bytes(world: World, monkeypatch: pytest.MonkeyP
     assert run(world)["version"] not in (first, second)
 
 
+def test_equal_inputs_build_equal_bytes(world: World) -> None:
+    run(world)
+    first = folder_hash(world.root / "package")
+    run(world)
+    assert folder_hash(world.root / "package") == first
+
+
 @pytest.mark.usefixtures("no_bento")
 def test_an_upgrade_or_another_feature_repo_is_another_version(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else `promote` would say that the champion serves already what was built with other packages."""
@@ -218,16 +226,30 @@ def test_a_rejection_builds_nothing(world: World) -> None:
     assert [file.name for file in (world.root / "package").iterdir()] == ["package.json"]
 
 
-def judge(world: World, **changed: str) -> None:
-    world.decision.write_text(json.dumps({**json.loads(world.decision.read_text()), **changed}))
-
-
-@pytest.mark.parametrize("which", ["checkpoint", "data"])
-def test_refuses_bytes_that_were_not_judged(world: World, which: str) -> None:
-    judge(world, **{f"{which}_sha256": "0" * 64})
-    with pytest.raises(ValueError, match=r"0000.*dvc repro gate"):
+@pytest.mark.parametrize(
+    ("changed", "remedy"),
+    [
+        ({"shipped": {"checkpoint_sha256": "0" * 64, "train_until": None}}, "dvc repro refit"),
+        ({"data_sha256": "0" * 64}, "dvc repro gate"),
+    ],
+    ids=["checkpoint", "data"],
+)
+def test_refuses_bytes_that_the_decision_does_not_name(world: World, changed: dict, remedy: str) -> None:
+    world.decision.write_text(json.dumps(json.loads(world.decision.read_text()) | changed))
+    with pytest.raises(ValueError, match=rf"0000.*{remedy}"):
         run(world)
     assert not (world.root / "package").exists()
+
+
+@pytest.mark.usefixtures("no_bento")
+def test_ships_the_refit_and_not_what_was_judged(world: World) -> None:
+    """The gate's own hash is of other bytes than those that are packaged."""
+    decision = json.loads(world.decision.read_text())
+    decision |= {"checkpoint_sha256": "1" * 64, "shipped": decision["shipped"] | {"train_until": "2026-01-11"}}
+    world.decision.write_text(json.dumps(decision))
+    built = run(world)
+    assert built["checkpoint_sha256"] == checkpoint_hash(world.model)
+    assert (built["judged_sha256"], built["train_until"]) == ("1" * 64, "2026-01-11")
 
 
 def test_refuses_another_schema(world: World, tmp_path: Path) -> None:

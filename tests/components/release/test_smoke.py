@@ -58,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("clickloop-smoke-test"))
     config = package.PackageConfig(name="ctr-ranker", max_candidates=25, golden_requests=10)
     output = world.root / "package"
-    package.run(config, world.decision, world.checkpoints, world.dataset, world.features, world.repo, output)
+    package.run(config, world.decision, world.model, world.dataset, world.features, world.repo, output)
     return world
 
 
@@ -136,14 +136,15 @@ def test_smoke_serves_the_bento_with_its_store(world: World) -> None:
     repo = make_store(world)
     output = world.root / "smoke.json"
     found = smoke.run(CONFIG, world.root / "package", repo, output)
-    assert json.loads(output.read_text()) == found
+    figures = smoke.measured(found)
+    assert json.loads(output.read_text()) | {"measured": figures} == found
     assert found["served"] and found["passed"]
-    assert found["golden"]["requests"] == 10
-    assert found["golden"]["max_abs_error"] <= 1e-5
+    assert found["golden_requests"] == 10
+    assert figures["max_abs_error"] <= 1e-5
     assert set(found["refused"].values()) <= {400, 413}
-    assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p99"]
+    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["p99"]
     assert smoke.summary(found)["served"].startswith(found["tag"])
-    assert found["memory_mib"] > 100  # torch alone is more: the workers were seen, not just the supervisor
+    assert figures["memory_mib"] > 100  # torch alone is more: the workers were seen, not just the supervisor
     assert not started()
 
 

@@ -101,7 +101,7 @@ def test_several_processes_learn_what_one_does(world, networks, model, processes
     for name in statistics:
         torch.testing.assert_close(many[name], one[name], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(world.scores(model, "many"), world.scores(model, "one"), rtol=0, atol=1e-3)
-    assert json.loads((world.root / "many/metrics.json").read_text())["processes"] == processes
+    assert json.loads((world.root / f".scratch/stages/train@{model}.json").read_text())["processes"] == processes
     # one speaks
     assert said.count(f"{model} epoch 1:") == 1
     assert len(re.findall(rf"train@{model}: [\d.]+ s", said)) == 1

@@ -56,6 +56,8 @@ def test_learns_and_keeps_its_best_epoch(run, config, dataset, model) -> None:
     assert saved.facts["data_sha256"] == data.facts["data_sha256"]
     assert saved.facts["best_epoch"] == best
     assert saved.facts["train"]["lr"] == asked.lr
+    assert saved.facts["train_until"] == "2026-01-10T00:00:00+00:00"  # the first test day
+    assert set(found) == {"epochs", "best_epoch", "valid_auc", "parameters"}  # no seconds: equal runs, equal bytes
     assert not (run.root / ".scratch/train" / model).exists()
 
 

@@ -36,9 +36,9 @@ class World:
 
     def __init__(self, root: Path, raw_rows: Any, write_dataset: Any, encoder_over: Any) -> None:
         self.root, self.raw, self.write, self.encoder_over = root, raw_rows(), write_dataset, encoder_over
-        self.yesterday = self.dataset(
-            "yesterday", encoder_over(USERS[:60], range(20), TASTES[:3], ITEMS[:40], known_tags=TAGS[1:])
-        )
+        known = encoder_over(USERS[:60], range(20), TASTES[:3], ITEMS[:40], known_tags=TAGS[1:])
+        before = replace(self.raw, valid_from="2026-01-08", test_from="2026-01-09", ends="2026-01-10")
+        self.yesterday = write_dataset(root / "yesterday", before, known)
 
     def dataset(self, name: str, encoder: tuple[Encoder, Catalog]) -> Path:
         return self.write(self.root / name, self.raw, encoder)
@@ -219,6 +219,18 @@ def test_another_network_is_a_cold_start(world, config, networks, capsys) -> Non
     for name, tensor in cold.model.state_dict().items():
         assert torch.equal(tensor, warm.model.state_dict()[name]), name
     assert begun(world, "qin", other.network, Dataset.open(dataset))[2] is None
+
+
+def test_a_champion_that_has_seen_a_valid_day_starts_no_training(world, config, capsys) -> None:
+    """Its epochs would be chosen by days that it knows."""
+    same_day = replace(world.raw, valid_from="2026-01-08", test_from="2026-01-09", ends="2026-01-10")
+    dataset = world.write(world.root / "same-day", same_day, world.today())
+    world.run(config(max_epochs=1), "qin", dataset, "knows", world.warm("qin"))
+    assert (
+        "qin: cold start: the champion v1.2.0 has seen the days until 2026-01-09T00:00:00+00:00, and the valid days "
+        "begin at 2026-01-08T00:00:00+00:00"
+    ) in capsys.readouterr().out
+    assert load(world.root / "knows/qin").facts["warm_start"] is None
 
 
 def test_the_state_of_a_cold_run_is_no_state_of_a_warm_one(world, config, monkeypatch, capsys) -> None:
