@@ -32,7 +32,7 @@ TINY = {
     "ingest.simulator.text_dim": 12,
     "ingest.simulator.image_dim": 8,
     "embed.dim": 12,
-    "features.online_sample": 20,
+    "publish.online_sample": 20,
     "train.qin.max_epochs": 1,
     "train.qin.batch_size": 512,
     "train.qin.device": "cpu",

@@ -69,7 +69,7 @@ def run(
     data = Canonical(canonical)
     events = data.events()
     until = read_json(canonical / "source.json", "ingest")["until"]
-    joined, vectors = join(events, data.items(), repo, until)
+    joined, vectors = join(events, data.items(), features, repo, until)
     cut = split_rows(events, split)
     encoder, catalog = fit(config, joined, cut.valid_start, data, vectors, receipt["embedding_version"])
     columns = encode(config, joined, encoder, catalog)
@@ -129,17 +129,21 @@ class Joined(NamedTuple):
     fields: dict[str, pa.ChunkedArray]
 
 
-def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None) -> tuple[Joined, np.ndarray]:
+def join(
+    events: pa.Table, items: pa.Table, features: Path, repo: Path, until: str | None = None
+) -> tuple[Joined, np.ndarray]:
     """The point-in-time join of all impressions, and the items' vectors as known at the end of the data.
 
     events, items  canonical tables
+    features       the folder that `features` wrote
+    repo           the Feast repo
     until          `ingest.until`: the end of the data. Without it, that is the newest event or the newest item. An
                    item that is newer than all events has its vector too: for a new item a model has little else
 
     Returns the joined rows and float32 [items, width], zero where an item has no vector. Raises ValueError where Feast
     does not give back the rows that it was given.
     """
-    from components.features.store import feature_store
+    from components.features.store import scratch_store
     from components.features.views import NO_ATTRIBUTES
 
     item_ids = items["item_id"]
@@ -152,7 +156,7 @@ def join(events: pa.Table, items: pa.Table, repo: Path, until: str | None = None
     impressions = events.select(["user_id", "item_id", "timestamp"]).rename_columns(
         ["user_id", "item_id", "event_timestamp"]
     )
-    with feature_store(repo) as store:
+    with scratch_store(repo, features) as store:
         print(f"point-in-time join of {len(events):,} impressions", flush=True)
         table = point_in_time(store, "training", impressions)
         known = point_in_time(store, "catalog", every_item)

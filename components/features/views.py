@@ -35,18 +35,16 @@ class FeaturesConfig:
     """availability_lag_seconds  a click, and a day's counts, are known this long after they happened
     popularity_days           days that views and clicks are counted over
     history_length            newest clicks kept for serving
-    online_sample             users and items read back from the online store and compared
     """
 
     availability_lag_seconds: int
     popularity_days: int
     history_length: int
-    online_sample: int
 
     def __post_init__(self) -> None:
         if self.availability_lag_seconds < 0:
             raise ValueError(f"availability_lag_seconds is {self.availability_lag_seconds}; it cannot be negative")
-        for name in ("popularity_days", "history_length", "online_sample"):
+        for name in ("popularity_days", "history_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 

@@ -2,13 +2,13 @@
 
 Offline is what `dataset` reads: Feast's point-in-time join over the sources that `features` wrote, and the click log.
 Online is a store that replay makes, because nobody records what was served. For each impression, the events that were
-known at its moment go through `features` and Feast's materialization into a new SQLite store. Replay reads this store
+known at its moment go through `features` and `publish` into a new store on SQLite. Replay reads this store
 as the server does, with that moment as the time. It works out from the definition what was known, and does not take it
 from the sources. So it finds a source that gives too much, or gives it too early. Only an item's vector comes from the
 source; it is known from the item's `created_at`.
 
-The store of a replay is never late. The one in service is late between two materializations, unless clicks are pushed
-to it: set `features.availability_lag_seconds` to 0 only if you use `push`.
+The store of a replay is never late. The one in service is late between two publications, unless clicks are pushed to
+it: set `features.availability_lag_seconds` to 0 only if you use `push`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +32,18 @@ from rich.console import Console
 from rich.table import Table
 
 from bento.store import served
-from components.common.artifacts import read_json
+from components.common.artifacts import read_json, write_json
 from components.common.contracts import ARRIVAL, HISTORY, Canonical, read_parquet, write_days
+from components.features import publish
 from components.features.dataset import point_in_time
-from components.features.store import apply, feature_store
+from components.features.publish import PublishConfig
+from components.features.store import feature_store, scratch_store
 from components.features.views import ONLINE_VIEWS, SECOND, FeaturesConfig, write_sources
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+PUBLISH = PublishConfig(online_sample=1, keep=1)  # replay compares what the store serves itself
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def derive_offline(config: FeaturesConfig, features: Path, repo: Path, drawn: pa
     """Feature -> value, an entry for each impression. The history is the item ids that its pointers name; an empty one
     is None, because a store has no row for it."""
     log = read_parquet(features / "click_log.parquet")["item_id"].to_pylist()
-    with feature_store(repo) as store:
+    with scratch_store(repo, features) as store:
         found = point_in_time(store, "training", drawn).drop_columns(drawn.column_names).to_pylist()
         vectors = point_in_time(store, "catalog", drawn)["embedding"].to_pylist()
     for row, vector in zip(found, vectors, strict=True):
@@ -113,7 +117,7 @@ def serve_again(
     repo: Path,
     drawn: pa.Table,
 ) -> Iterator[dict[str, Any]]:
-    """Feature -> value, an entry for each impression, from a new store that was materialized up to its moment."""
+    """Feature -> value, an entry for each impression, from a new store of what was known at its moment."""
     in_play = np.zeros(len(events), dtype=bool)
     for name in ("user_id", "item_id"):  # no other user or item is read
         in_play |= pc.is_in(events[name], value_set=drawn[name].combine_chunks()).to_numpy()
@@ -130,10 +134,11 @@ def serve_again(
             (output / "sources").mkdir(parents=True)
             write_days(events.filter(pa.array(then)), canonical / "events")
             write_sources(config, Canonical(canonical), scratch / "embedding", output)
+            write_json(output / "receipt.json", {"known_until": moment.isoformat()})
             silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-            with feature_store(scratch / "feature_repo") as store, silent[0], silent[1]:
-                apply(store, output)
-                store.materialize(datetime(1990, 1, 1, tzinfo=UTC), moment, feature_views=list(ONLINE_VIEWS))
+            with silent[0], silent[1]:
+                publish.fill(PUBLISH, output, scratch / "feature_repo", scratch / "store")
+            with feature_store(scratch / "store") as store:
                 answer = _read(store, row)
             yield answer
 
@@ -151,12 +156,12 @@ def _known_from(config: FeaturesConfig, events: pa.Table) -> np.ndarray:
 
 
 def _scratch(root: Path, data: Canonical, features: Path, repo: Path, drawn: pa.Table) -> None:
-    """The repo with a new SQLite store, and the users and vectors in play."""
+    """The repo with SQLite as its online store, and the users and vectors in play."""
     (root / "canonical").mkdir()
     (root / "embedding").mkdir()
     shutil.copytree(repo, root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
     settings = yaml.safe_load((repo / "feature_store.yaml").read_text())
-    settings["online_store"] = {"type": "sqlite", "path": "../data/features/online.db"}
+    settings["online_store"] = {"type": "sqlite", "path": "online.db"}
     (root / "feature_repo" / "feature_store.yaml").write_text(yaml.safe_dump(settings))
     users = data.users()
     pq.write_table(

@@ -43,8 +43,7 @@ def stages(folder: Path) -> dict[str, list[str]]:
         "ingest": {"output": canonical},
         "validate": {"canonical": canonical, "output": checked, "docs": checked.with_name("docs")},
         "embed": {"canonical": canonical, "validation": checked, "output": embedding},
-        "features": {"canonical": canonical, "validation": checked, "embedding": embedding, "repo": repo,
-                     "output": features},
+        "features": {"canonical": canonical, "validation": checked, "embedding": embedding, "output": features},
         "dataset": {"canonical": canonical, "features": features, "repo": repo, "output": data / "dataset"},
     }  # fmt: skip
     params = ["--params", str(folder / "params.yaml")]

@@ -17,7 +17,6 @@ from pathlib import Path
 from harness import ROOT, one_thread, report
 
 from components.features import views
-from components.features.store import apply, feature_store
 
 ROUNDS, GOAL = 3, 2.0  # the most that Feast may take of what the join by hand takes
 SIZES = (300_000, 900_000, 3_600_000)
@@ -77,12 +76,10 @@ def make_world(root: Path, rows: int) -> None:
     output = root / "data" / "features"
     (output / "sources").mkdir(parents=True)
     config = views.FeaturesConfig(
-        availability_lag_seconds=0, popularity_days=7, history_length=50, online_sample=1
+        availability_lag_seconds=0, popularity_days=7, history_length=50
     )  # fmt: skip
     views.write_sources(config, Canonical(root / "canonical"), root / "embedding", output)
     shutil.copytree(ROOT / "feature_repo", root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
-    with feature_store(root / "feature_repo") as store:
-        apply(store, output)
 
 
 def joined(root: Path, join: str) -> list[float]:
@@ -91,7 +88,7 @@ def joined(root: Path, join: str) -> list[float]:
 
     from components.common.contracts import Canonical
     from components.features.dataset import point_in_time
-    from components.features.store import feature_store
+    from components.features.store import scratch_store
 
     names = ["user_id", "item_id", "event_timestamp"]
     rows = Canonical(root / "canonical").events().select(["user_id", "item_id", "timestamp"]).rename_columns(names)
@@ -120,7 +117,7 @@ def joined(root: Path, join: str) -> list[float]:
         assert len(table) == len(rows)
 
     found = []
-    with feature_store(root / "feature_repo") as store:
+    with scratch_store(root / "feature_repo", root / "data" / "features") as store:
         for _ in range(ROUNDS):
             start = time.perf_counter()
             by_hand() if join == "hand" else point_in_time(store, "training", rows)

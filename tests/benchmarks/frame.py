@@ -54,7 +54,7 @@ def build(source: ingest.IngestConfig, featured: FeaturesConfig, rows: DatasetCo
     embed.run(settings("embed", embed.EmbedConfig), split, canonical, report, embedding)
     repo = folder / "feature_repo"  # Feast's paths are relative to it
     shutil.copytree(ROOT / "feature_repo", repo, ignore=shutil.ignore_patterns("__pycache__"))
-    features.run(featured, canonical, report, embedding, repo, data / "features")
+    features.run(featured, canonical, report, embedding, data / "features")
     dataset.run(rows, split, canonical, data / "features", repo, data / "dataset")
     return Dataset.open(data / "dataset")
 

@@ -28,6 +28,7 @@ from components.data.sources.simulator import SimulatorConfig
 from components.data.validate import ValidateConfig
 from components.features import embed
 from components.features.embed import EmbedConfig
+from components.features.publish import PublishConfig
 from components.features.views import FeaturesConfig
 from models.families import build
 from models.metrics import auc
@@ -139,7 +140,8 @@ def with_column(table: pa.Table, name: str, values: Any, kind: pa.DataType | Non
 
 START = int(datetime(2024, 3, 1, tzinfo=UTC).timestamp())
 DAYS, DAY = 9, 86_400
-FEATURES = FeaturesConfig(availability_lag_seconds=30, popularity_days=3, history_length=6, online_sample=50)
+FEATURES = FeaturesConfig(availability_lag_seconds=30, popularity_days=3, history_length=6)
+PUBLISH = PublishConfig(online_sample=50, keep=2)
 SPLIT = SplitConfig(valid_share=0.15, test_share=0.2)
 
 

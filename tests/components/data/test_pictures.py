@@ -532,7 +532,7 @@ def test_from_files_to_a_dataset(tmp_path: Path) -> None:
     assert embedded["encoders"] == {"image": "descriptors 1", "text": "TF-IDF"}
     assert embedded["missing"] == {"image": 1, "text": 0}
     new_repo(folders)
-    features.run(FEATURES, folders.canonical, report, folders.embedding, folders.repo, folders.features)
+    features.run(FEATURES, folders.canonical, report, folders.embedding, folders.features)
     made = DatasetConfig(history_length=4, min_count=1, max_tags=2)
     dataset.run(made, SPLIT, folders.canonical, folders.features, folders.repo, folders.dataset)
     schema = Dataset.open(folders.dataset).schema

@@ -728,7 +728,7 @@ def through_dataset(root: Path, raw: dict[str, pa.Table | bytes], events: TableC
     validate.run(VALIDATE, found.canonical, found.report, found.root / "docs")
     config = EmbedConfig(dim=3, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, found.canonical, found.report, found.embedding)
-    features.run(FEATURES, found.canonical, found.report, found.embedding, found.repo, found.features)
+    features.run(FEATURES, found.canonical, found.report, found.embedding, found.features)
     config = DatasetConfig(history_length=8, min_count=2, max_tags=5)
     dataset.run(config, SPLIT, found.canonical, found.features, found.repo, found.dataset)
     return found

@@ -17,12 +17,12 @@ from components.common.dataset import Dataset
 from components.common.splits import SplitConfig, split_rows
 from components.data import ingest, validate
 from components.data.sources import timeless
-from components.features import dataset, embed, features
+from components.features import dataset, embed, features, publish
 from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
 from components.features.store import feature_store
 from models.schema import SPECIAL
-from tests.components.small_world import FEATURES, SPLIT, VALIDATE, Folders, ingest_config, learn, new_repo
+from tests.components.small_world import FEATURES, PUBLISH, SPLIT, VALIDATE, Folders, ingest_config, learn, new_repo
 
 USERS, ITEMS, WIDTH, LENGTH = 60, 40, 128, 100
 ROWS = {"train": 900, "valid": 150, "test": 120}
@@ -109,7 +109,7 @@ def folders(given: Layout, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     validate.run(VALIDATE, found.canonical, found.report, found.root / "docs")
     config = EmbedConfig(dim=16, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, found.canonical, found.report, found.embedding)
-    features.run(FEATURES, found.canonical, found.report, found.embedding, found.repo, found.features)
+    features.run(FEATURES, found.canonical, found.report, found.embedding, found.features)
     config = DatasetConfig(history_length=LENGTH, min_count=1, max_tags=5)
     dataset.run(config, SPLIT, found.canonical, found.features, found.repo, found.dataset)
     return found
@@ -184,14 +184,15 @@ def test_test_rows_without_labels_are_set_aside(folders: Folders, given: Layout)
     assert told["known"] == sum(ROWS.values()) and told["left_out"] == {"test has no label": ROWS["test"]}
 
 
-def test_the_server_reads_the_newest_history(folders: Folders, given: Layout) -> None:
+def test_the_server_reads_the_newest_history(folders: Folders, given: Layout, tmp_path: Path) -> None:
     newest: dict[int, list[int]] = {}
     for name in ("train", "valid"):
         newest |= dict(zip(given[name]["user_id"].to_pylist(), sequences(given[name]), strict=True))
     table = read_parquet(folders.features / "sources" / "user_history.parquet")
     served = dict(zip(table["user_id"].to_pylist(), table["history"].to_pylist(), strict=True))
     assert served == {user: seq[-FEATURES.history_length :] for user, seq in newest.items() if seq}
-    with feature_store(folders.repo) as store:
+    publish.fill(PUBLISH, folders.features, folders.repo, tmp_path / "store")
+    with feature_store(tmp_path / "store") as store:
         user = next(iter(served))
         online = store.get_online_features(["user_history:history"], [{"user_id": user}]).to_dict()
     assert list(online["history"][0]) == served[user]

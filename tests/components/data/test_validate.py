@@ -35,7 +35,6 @@ from components.data.thresholds import CHANCE, FLOORS, SIGMA, ValidateConfig
 from components.features import embed, features, views
 from tests.components.small_world import (
     NO_FILES,
-    PROJECT,
     SIMULATOR,
     UNTIL,
     VALIDATE,
@@ -592,11 +591,10 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
         )
     with pytest.raises(ValueError, match="the data did not pass"):
         features.run(
-            views.FeaturesConfig(availability_lag_seconds=0, popularity_days=7, history_length=5, online_sample=5),
+            views.FeaturesConfig(availability_lag_seconds=0, popularity_days=7, history_length=5),
             canonical,
             cells.report_file,
             tmp_path / "embedding",
-            PROJECT / "feature_repo",
             kept.parent,
         )
     assert [file.name for file in tmp_path.iterdir()] == ["features"]

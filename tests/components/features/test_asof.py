@@ -18,7 +18,7 @@ from feast.types import Array, Int64, String
 from components.common.contracts import Canonical
 from components.features import views
 from components.features.dataset import point_in_time
-from components.features.store import apply, feature_store
+from components.features.store import feature_store, scratch_store
 from tests.components.small_world import FEATURES as CONFIG
 from tests.components.small_world import PROJECT, hand_tables, prepare
 
@@ -155,8 +155,7 @@ def test_two_candidates_of_one_user_at_one_time(tmp_path: Path, kind: str) -> No
     items = events["item_id"].unique().to_pylist()[:2]
     items.append(items[0])
     rows = pa.table({"user_id": [user] * 3, "item_id": items, "event_timestamp": pa.repeat(last, 3)})
-    with feature_store(world.repo) as store:
-        apply(store, world.features)
+    with scratch_store(world.repo, world.features) as store:
         if kind == "file":
             with pytest.raises(ValueError, match="3 rows went into Feast's join, 1 came back"):
                 point_in_time(store, "training", rows)

@@ -24,7 +24,6 @@ from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data.sources import RawTables
 from components.features import dataset, features, views
 from components.features.dataset import DatasetConfig, Joined
-from components.features.store import apply, feature_store
 from models.schema import PADDING, SPECIAL, UNKNOWN
 from tests.components.small_world import (
     DAY,
@@ -55,7 +54,7 @@ def with_oracle(raw: RawTables) -> RawTables:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """A dataset by the steps as production runs them."""
     made = prepare(with_oracle(hand_tables()), tmp_path_factory.mktemp("dataset"))
-    features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+    features.run(FEATURES, made.canonical, made.report, made.embedding, made.features)
     dataset.run(CONFIG, SPLIT, made.canonical, made.features, made.repo, made.dataset)
     return made
 
@@ -149,9 +148,7 @@ def joined(raw: RawTables, root: Path) -> tuple[Joined, pa.Table, list[list[int]
     canonical = Canonical(made.canonical)
     (made.features / "sources").mkdir(parents=True)
     views.write_sources(FEATURES, canonical, made.embedding, made.features)
-    with feature_store(made.repo) as store:
-        apply(store, made.features.resolve())
-    found, _ = dataset.join(canonical.events(), canonical.items(), made.repo)
+    found, _ = dataset.join(canonical.events(), canonical.items(), made.features, made.repo)
     log = pq.read_table(made.features / "click_log.parquet")["item_id"].to_numpy()
     return (
         found,
@@ -231,7 +228,7 @@ def test_a_late_correction_changes_no_byte_of_yesterdays_dataset(tmp_path: Path)
     }.items():
         moment_of = datetime.fromtimestamp(at / 1e6, UTC).isoformat()
         made = prepare(replace(raw, events=pa.concat_tables(tables)), tmp_path / name, moment_of)
-        features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+        features.run(FEATURES, made.canonical, made.report, made.embedding, made.features)
         dataset.run(CONFIG, SPLIT, made.canonical, made.features, made.repo, made.dataset)
         hashes[name] = folder_hash(made.dataset)
     assert hashes["as it was"] == hashes["corrected since"] != hashes["of a later day"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -20,7 +17,6 @@ from components.common.artifacts import folder_hash, read_json
 from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.common.dataset import popularity_level
 from components.features import features, views
-from components.features.store import check_online, feature_store
 from components.features.views import VIEWS, FeaturesConfig
 from tests.components.small_world import (
     DAY,
@@ -64,13 +60,13 @@ def sources(folder: Path) -> Sources:
 
 
 CONFIGS = {
-    "no lag": FeaturesConfig(availability_lag_seconds=0, popularity_days=3, history_length=6, online_sample=5),
+    "no lag": FeaturesConfig(availability_lag_seconds=0, popularity_days=3, history_length=6),
     "lag": FEATURES,
     "a day's lag": FeaturesConfig(
-        availability_lag_seconds=DAY + 7, popularity_days=1, history_length=1, online_sample=5
+        availability_lag_seconds=DAY + 7, popularity_days=1, history_length=1
     ),
     "all of it": FeaturesConfig(
-        availability_lag_seconds=0, popularity_days=100, history_length=1000, online_sample=5
+        availability_lag_seconds=0, popularity_days=100, history_length=1000
     ),
 }  # fmt: skip
 
@@ -228,120 +224,26 @@ def test_popularity_level() -> None:
     assert popularity_level(counts).dtype == np.int64
 
 
-# ---- Feast ------------------------------------------------------------------------------------------------------
+# ---- the stage --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def receipt(prepared: Folders) -> dict:
-    return features.run(
-        FEATURES, prepared.canonical, prepared.report, prepared.embedding, prepared.repo, prepared.features
-    )
-
-
-def test_the_online_store_serves_the_values_counted_by_hand(receipt: dict, prepared: Folders, rows: list[Row]) -> None:
-    raw = hand_tables()
-    users, items = (table[f"{name}_id"].to_pylist() for name, table in (("user", raw.users), ("item", raw.items)))
-    end = int(datetime.fromisoformat(receipt["materialized_until"]).timestamp() * 1_000_000)
-    with feature_store(prepared.repo) as store:
-        served = store.get_online_features(
-            features=store.get_feature_service("serving"), entity_rows=[{"user_id": user} for user in [*users, 1]]
-        ).to_dict()
-        of_items = store.get_online_features(
-            features=["item_popularity:views", "item_popularity:clicks", "item_embedding:embedding"],
-            entity_rows=[{"item_id": item} for item in [*items, 1]],
-        ).to_dict()
-    histories = [known_clicks(rows, user, end, FEATURES.availability_lag_seconds) for user in users]
-    assert served["history"] == [h[-FEATURES.history_length :] or None for h in histories] + [None]
-    assert served["region"] == [*raw.users["region"].to_pylist(), None]
-    lag, days = FEATURES.availability_lag_seconds, FEATURES.popularity_days
-    after_the_last_day = (START + DAYS * DAY + lag) * 1_000_000
-    counts = [known_counts(rows, item, after_the_last_day, lag, days) or (None, None) for item in [*items, 1]]
-    assert list(zip(of_items["views"], of_items["clicks"], strict=True)) == counts
-    table = pq.read_table(prepared.embedding / "item_embedding.parquet")
-    wanted = dict(zip(table["item_id"].to_pylist(), table["embedding"].to_pylist(), strict=True))
-    assert of_items["embedding"] == [wanted.get(item) for item in [*items, 1]]
-
-
-def test_a_log_holds_no_colour_codes(prepared: Folders, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    again = Folders(tmp_path / "again")
-    shutil.copytree(prepared.root, again.root)
-    features.run(FEATURES, again.canonical, again.report, again.embedding, again.repo, again.features)
-    printed = "".join(capfd.readouterr())
-    assert "Materializing" in printed and "\x1b" not in printed
-
-
-def test_the_receipt_counts(receipt: dict, prepared: Folders, rows: list[Row]) -> None:
-    found = sources(prepared.features)
-    assert receipt["clicks"] == sum(r.label for r in rows) == len(found["click_log"])
-    assert receipt["rows"] == {name: len(found[name]) for name in VIEWS}
-    assert receipt["embedding_version"] == read_json(prepared.embedding / "fit.json", "embed")["version"]
-    # every user and item of this world: region, history, views and clicks, embedding
-    views = {name: len({r[key] for r in found[name]}) for name, key in
-             (("user_profile", "user_id"), ("user_history", "user_id"),
-              ("item_popularity", "item_id"), ("item_embedding", "item_id"))}  # fmt: skip
-    assert receipt["online_values_compared"] == sum(views.values()) + views["item_popularity"]
-    assert read_json(prepared.features / "receipt.json", "features") == receipt
-
-
-@pytest.mark.parametrize(
-    ("view", "feature", "spoil"),
-    [
-        ("item_popularity", "views", "update"),
-        ("user_history", "history", "update"),
-        ("item_embedding", "embedding", "update"),
-        ("user_profile", "region", "delete"),
-    ],
-)
-def test_a_difference_in_the_online_store_is_found(
-    view: str, feature: str, spoil: str, receipt: dict, prepared: Folders, tmp_path: Path
+def test_the_receipt_counts_and_the_same_input_gives_the_same_bytes(
+    prepared: Folders, rows: list[Row], tmp_path: Path
 ) -> None:
-    from feast.protos.feast.types.Value_pb2 import Value
-
-    copy = Folders(tmp_path / "copy")
-    shutil.copytree(prepared.root, copy.root)
-    sample = (copy.features / "sources", FEATURES.online_sample)
-    with feature_store(copy.repo) as store:
-        assert check_online(store, *sample) == receipt["online_values_compared"]
-    with closing(sqlite3.connect(copy.features / "online.db")) as db, db:
-        where = f"clickloop_{view} where feature_name = '{feature}'"
-        old = [Value.FromString(v) for (v,) in db.execute(f"select value from {where}")]
-        if spoil == "delete":
-            changed = db.execute(f"delete from {where}").rowcount
-        else:
-            new = Value.FromString(old[0].SerializeToString())
-            match new.WhichOneof("val"):
-                case "int64_val":
-                    new.int64_val += 1
-                case "int64_list_val":
-                    new.int64_list_val.val.reverse()
-                    new.int64_list_val.val.append(1)
-                case "float_list_val":
-                    new.float_list_val.val[0] = np.nextafter(np.float32(new.float_list_val.val[0]), np.float32(9))
-            changed = db.execute(
-                f"update clickloop_{view} set value = ? where feature_name = ? and value = ?",
-                (new.SerializeToString(), feature, old[0].SerializeToString()),
-            ).rowcount
-        assert changed
-    told = rf"online store: {view}:{feature} of \w+_id \d+ is .*, offline .*; delete the store and run"
-    with feature_store(copy.repo) as store, pytest.raises(ValueError, match=told):
-        check_online(store, *sample)
-
-
-def test_a_repo_that_reads_elsewhere_is_refused(prepared: Folders, tmp_path: Path) -> None:
-    told = r"source \w+ is read from \.\./data/features/sources/\w+\.parquet, not from .*; write to the folder that"
-    with pytest.raises(ValueError, match=told):
-        features.run(
-            FEATURES, prepared.canonical, prepared.report, prepared.embedding, prepared.repo, tmp_path / "elsewhere"
-        )
-    assert not (tmp_path / "elsewhere" / "receipt.json").exists()
-
-
-def test_no_repo_at_all(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ValueError, match=r"feature_store\.yaml is not there; name the Feast repo's folder"),
-        feature_store(tmp_path),
-    ):
-        pass
+    made = [prepared.features, tmp_path / "again"]
+    receipts = [
+        features.run(FEATURES, prepared.canonical, prepared.report, prepared.embedding, folder) for folder in made
+    ]
+    found = sources(prepared.features)
+    last = max(r.micro for r in rows)
+    assert receipts[0] == receipts[1] == read_json(made[0] / "receipt.json", "features")
+    assert receipts[0]["clicks"] == sum(r.label for r in rows) == len(found["click_log"])
+    assert receipts[0]["rows"] == {name: len(found[name]) for name in VIEWS}
+    assert receipts[0]["embedding_version"] == read_json(prepared.embedding / "fit.json", "embed")["version"]
+    assert datetime.fromisoformat(receipts[0]["log_until"]).timestamp() == pytest.approx(last / 1e6, abs=1e-6)
+    assert receipts[0]["until"] == receipts[0]["log_until"]  # this world has no `ingest.until`
+    assert folder_hash(made[0]) == folder_hash(made[1])
+    assert sorted(file.name for file in made[0].iterdir()) == ["click_log.parquet", "receipt.json", "sources"]
 
 
 def test_queries_scale_with_events_and_not_with_days() -> None:

@@ -17,11 +17,11 @@ from feast.repo_operations import get_repo_files
 
 from components.common.contracts import Canonical, read_parquet
 from components.common.dataset import Dataset
-from components.features import dataset, features, views
+from components.features import dataset, features, publish, views
 from components.features.dataset import DatasetConfig, point_in_time
-from components.features.store import feature_store
+from components.features.store import feature_store, scratch_store
 from components.operations import replay
-from tests.components.small_world import FEATURES, PROJECT, SPLIT, Folders, hand_tables, prepare, with_arrivals
+from tests.components.small_world import FEATURES, PROJECT, PUBLISH, SPLIT, Folders, hand_tables, prepare, with_arrivals
 from tests.parts import need
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Folde
     shutil.copytree(made["default"].root, made["spark"].root)
     use_spark(made["spark"].repo)
     for world in made.values():
-        features.run(FEATURES, world.canonical, world.report, world.embedding, world.repo, world.features)
+        features.run(FEATURES, world.canonical, world.report, world.embedding, world.features)
         dataset.run(CONFIG, SPLIT, world.canonical, world.features, world.repo, world.dataset)
     yield made
     from pyspark.sql import SparkSession
@@ -83,7 +83,7 @@ def test_the_joined_rows_have_the_same_types_and_values(worlds: dict[str, Folder
     rows = events.rename_columns(["user_id", "item_id", "event_timestamp"])
     found = []
     for name in STORES:
-        with feature_store(worlds[name].repo) as store:
+        with scratch_store(worlds[name].repo, worlds[name].features) as store:
             kind = type(store._get_provider().offline_store).__name__
             assert kind == {"default": "AsofOfflineStore", "spark": "SparkFilesOfflineStore"}[name]
             table = point_in_time(store, "training", rows)
@@ -100,7 +100,7 @@ def test_two_candidates_of_one_user_at_one_time_are_two_rows(worlds: dict[str, F
     rows = pa.concat_tables([shown, shown, shown]).rename_columns(["user_id", "item_id", "event_timestamp"])
     items = events["item_id"].unique().to_pylist()[:2]
     rows = rows.set_column(1, "item_id", pa.array([*items, items[0]]))  # and one of them twice
-    with feature_store(worlds["spark"].repo) as store:
+    with scratch_store(worlds["spark"].repo, worlds["spark"].features) as store:
         joined = point_in_time(store, "training", rows).to_pylist()
     assert [row["item_id"] for row in joined] == [*items, items[0]]
     assert joined[0] == joined[2] != joined[1]
@@ -123,7 +123,8 @@ def served(store: FeatureStore, world: Folders) -> dict[str, Any]:
 def test_the_online_store_serves_the_same_values_and_times(worlds: dict[str, Folders]) -> None:
     found = []
     for world in worlds.values():
-        with feature_store(world.repo) as store:
+        publish.fill(PUBLISH, world.features, world.repo, world.root / "store")
+        with feature_store(world.root / "store") as store:
             found.append(served(store, world))
     ours, sparks = found
     assert list(ours) == list(views.ONLINE_VIEWS)
@@ -146,8 +147,9 @@ assert fetch is not None and fetch(7000)["region"] == "north"
     environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"}
     environment |= {"PATH": str(tmp_path), "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=worlds["spark"].repo, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-c", code],
+        cwd=worlds["spark"].root / "store", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

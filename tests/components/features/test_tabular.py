@@ -84,9 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     ingest.run(ingest_config("files", str(raw), None, replace(NO_FILES, events=CRITEO)), made.canonical)
     validate.run(load(params, "validate", ValidateConfig), made.canonical, made.report, made.root / "docs")
     embed.run(load(params, "embed", EmbedConfig), split, made.canonical, made.report, made.embedding)
-    features.run(
-        load(params, "features", FeaturesConfig), made.canonical, made.report, made.embedding, made.repo, made.features
-    )
+    features.run(load(params, "features", FeaturesConfig), made.canonical, made.report, made.embedding, made.features)
     dataset.run(
         load(params, "dataset", DatasetConfig), split, made.canonical, made.features, made.repo, made.dataset
     )  # fmt: skip

@@ -20,7 +20,6 @@ from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import ingest
 from components.features import embed, features, views
 from components.features.embed import EmbedConfig
-from components.features.store import apply, feature_store
 from components.operations import replay
 from tests.components.data.test_sources_microlens import layout, write
 from tests.components.small_world import (
@@ -41,7 +40,7 @@ ROWS, SEED = 16, 3
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     made = prepare(with_arrivals(hand_tables()), tmp_path_factory.mktemp("replay"))
-    features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+    features.run(FEATURES, made.canonical, made.report, made.embedding, made.features)
     return made
 
 
@@ -55,11 +54,6 @@ def differ(folders: Folders, rows: int = ROWS) -> set[str]:
     """The features that replay finds to differ."""
     found = replay.run(FEATURES, folders.canonical, folders.features, folders.repo, rows=rows, seed=SEED)
     return {name for name, mismatches in found.items() if mismatches}
-
-
-def applied(folders: Folders) -> None:
-    with feature_store(folders.repo) as store:
-        apply(store, folders.features.resolve())
 
 
 def test_a_true_world_has_no_mismatch(world: Folders, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +77,6 @@ def ttl(view: str) -> Callable[[Folders], None]:
         before, after = file.read_text().split(f'name="{view}"')
         after = after.replace("ttl=HISTORY_TTL", "ttl=timedelta(hours=20)", 1)
         file.write_text(f'{before}name="{view}"{after}')
-        applied(folders)
 
     return plant
 
@@ -92,7 +85,6 @@ def dtype(folders: Folders) -> None:
     """The online store keeps counts as floats."""
     file = folders.repo / "definitions.py"
     file.write_text(file.read_text().replace('Field(name="views", dtype=Int64)', 'Field(name="views", dtype=Float32)'))
-    applied(folders)
 
 
 def late_data(folders: Folders) -> None:
@@ -153,7 +145,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     write_json(made.report, {"passed": True, "canonical_sha256": folder_hash(made.canonical)})
     config = EmbedConfig(dim=16, text_features=10, text_dim=3, text_encoder=None, image_encoder=None, seed=1, fit=None)
     embed.run(config, SPLIT, made.canonical, made.report, made.embedding)
-    features.run(FEATURES, made.canonical, made.report, made.embedding, made.repo, made.features)
+    features.run(FEATURES, made.canonical, made.report, made.embedding, made.features)
     return made
 
 
