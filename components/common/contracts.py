@@ -8,8 +8,9 @@
     histories.parquet                      item_id: only where the source gives the histories itself
     users_vocabulary.parquet, items_vocabulary.parquet   id, text: only where the source's ids are text
     quarantine/N-REASON.parquet            the rows that were left out, each with its reason
-    source.json                            what the source says of itself: counts, days, the oracle's AUC, and which
-                                           context columns hold numbers as their `models.schema.bucket`
+    source.json                            what the source says of itself: counts, days, the first day that is trained
+                                           on (train_from), the oracle's AUC, and which context columns hold numbers as
+                                           their `models.schema.bucket`
 
 Columns beyond the named ones are strings, and each becomes a categorical feature: on events a context of the
 impression, on users and items an attribute. The optional columns of events are never features:
@@ -45,6 +46,7 @@ BATCH = 16_384
 ORACLE = "true_probability"
 ARRIVAL = "created_at"
 SPLIT = "split"
+REMEDY = "run `dvc repro ingest`, or give ingest.window_days more days"
 HISTORY = ("history_start", "history_end")
 IMAGE = "image"
 
@@ -75,12 +77,17 @@ class Canonical:
         """The days that have a partition, YYYY-MM-DD, in order."""
         return sorted(folder.name.removeprefix("day=") for folder in (self.root / "events").glob("day=*"))
 
-    def events(self) -> pa.Table:
-        """All impressions in time order, ties as the source had them."""
-        files = sorted((self.root / "events").glob("day=*/part-0.parquet"))
-        if not files:
-            raise ValueError(f"{self.root}/events holds no day; run `dvc repro ingest`")
+    def events(self, since: str | None = None) -> pa.Table:
+        """All impressions, or those from a day on, in time order, ties as the source had them."""
+        days = [day for day in self.days() if since is None or day >= since]
+        if not days:
+            raise ValueError(f"{self.root}/events holds no day{f' from {since} on' if since else ''}; {REMEDY}")
+        files = [self.root / "events" / f"day={day}" / "part-0.parquet" for day in days]
         return pa.concat_tables([_read(file, EVENTS, OPTIONAL) for file in files])
+
+    def training_events(self) -> pa.Table:
+        """The impressions that are trained, validated and tested on. The others are in histories and popularity."""
+        return self.events(read_json(self.root / "source.json", "ingest")["train_from"])
 
     def numeric(self) -> list[str]:
         """The context columns that hold numbers as their `models.schema.bucket`."""

@@ -67,7 +67,7 @@ def run(
     """Join, encode and write. Raises ValueError where the join lost rows or the days cannot be split."""
     receipt = read_json(features / "receipt.json", "features")
     data = Canonical(canonical)
-    events = data.events()
+    events = data.training_events()  # all others are in the histories and the popularity that Feast joins
     until = read_json(canonical / "source.json", "ingest")["until"]
     joined, vectors = join(events, data.items(), features, repo, until)
     cut = split_rows(events, split)

@@ -164,7 +164,7 @@ def summary(facts: dict[str, Any]) -> dict[str, str]:
 
 def training_items(data: Canonical, split: SplitConfig) -> pa.Array:
     """Ids of the items shown in the training days."""
-    events = data.events()
+    events = data.training_events()
     return pc.unique(events["item_id"].slice(0, split_rows(events, split).valid_start))
 
 

@@ -52,7 +52,7 @@ def read(raw: str, config: FilesConfig, window: Window, rows: int | None = None)
         )
     with tempfile.TemporaryDirectory(prefix="clickloop-files-") as spill, duckdb.connect() as db:
         db.execute(f"set memory_limit = '{MEMORY}'; set temp_directory = '{spill}'; set timezone = 'UTC'")
-        tables = Tables(db, raw, rows)
+        tables = Tables(db, raw, window, rows)
         found = _events(tables, config.events)
         events = found.events
         first = pc.min(events["timestamp"])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from csv import reader as parse_line
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import fsspec
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from components.data.sources import brief
+from components.data.sources.partitions import day_of
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 KNOWN_SEPARATORS = (",", ";", "\t", "|")
@@ -56,10 +58,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class File:
-    """One parquet, CSV or TSV file (the latter two also compressed)."""
+    """One parquet, CSV or TSV file (the latter two also compressed), and the day that its path tells."""
 
     system: Any
     path: str
+    day: date | None = None
 
     @property
     def name(self) -> str:
@@ -157,7 +160,7 @@ def find(raw: str, table: str, path: str | list[str]) -> list[File]:
         raise ValueError(f"ingest.files.{table}: {message}. Mend the path or the access to it") from error
     if not found:
         raise ValueError(f"ingest.files.{table}: {missing}")
-    return [File(system, file) for file in found]
+    return [File(system, file, day_of(file, pattern)) for file in found]
 
 
 def _network_error(error: BaseException | None) -> BaseException | None:

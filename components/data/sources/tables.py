@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from components.common.contracts import SPLIT
-from components.data.sources import brief, values
+from components.data.sources import Window, brief, values
 from components.data.sources.mapping import NAMES, Paths, TableConfig
+from components.data.sources.partitions import is_needed
 from components.data.sources.reading import File, find
 
 IDS = {"user_id": "users", "item_id": "items"}
@@ -25,6 +26,7 @@ TEXTS = ("title", "tags", "text")  # whose values may have line breaks
 class Tables:
     """The rows of the user's files, gathered in a database.
 
+    window       of the rows that are wanted
     most         rows to take of the first and the last file of a table; None: all rows of all files
     text_ids     user_id, item_id -> whether the ids are text: the first table that has them decides
     split_words  what the files call the parts of the split -> rows
@@ -32,6 +34,7 @@ class Tables:
 
     db: duckdb.DuckDBPyConnection
     raw: str
+    window: Window
     most: int | None
     text_ids: dict[str, bool] = field(default_factory=dict)
     split_words: Counter[str] = field(default_factory=Counter)
@@ -123,7 +126,7 @@ class Tables:
             self.db.unregister("numbers")
 
     def files(self, table: str, path: Paths) -> list[File]:
-        found = find(self.raw, table, path)
+        found = needed(table, find(self.raw, table, path), self.window)
         return found if self.most is None else [found[at] for at in sorted({0, len(found) - 1})]
 
     def vocabulary(self, name: str, ids: pa.ChunkedArray) -> pa.Table:
@@ -136,6 +139,22 @@ class Tables:
         words = f"select distinct id as {name}, text from words_{name} where text is not null order by id"
         found = self.db.sql(words).to_arrow_table()
         return found.filter(pc.is_in(found[name], value_set=pc.unique(ids)))
+
+
+def needed(table: str, files: list[File], window: Window) -> list[File]:
+    """The files that may hold rows of the window: of users, items and vectors also those of days before it.
+
+    Raises ValueError where there are files, and all of them are of other days.
+    """
+    wanted = window if table == "events" else Window(until=window.until)
+    found = [file for file in files if is_needed(file.day, wanted)]
+    if not found:
+        days = sorted(str(file.day) for file in files)
+        raise ValueError(
+            f"ingest.files.{table}: no file of the days of the window; there are files of {days[0]} to {days[-1]}. "
+            "Give another ingest.until, or more ingest.window_days"
+        )
+    return found
 
 
 def numbered(columns: list[str], some: set[str] | None = None) -> list[str]:

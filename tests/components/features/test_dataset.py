@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -17,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from components.common.artifacts import folder_hash
+from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import ARRIVAL, ORACLE, TIMESTAMP, Canonical
 from components.common.dataset import Dataset, narrow, popularity_level
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data.sources import RawTables
-from components.features import dataset, features, views
+from components.features import dataset, embed, features, views
 from components.features.dataset import DatasetConfig, Joined
 from models.schema import PADDING, SPECIAL, UNKNOWN
 from tests.components.small_world import (
@@ -482,3 +483,25 @@ def test_a_failing_run_leaves_the_earlier_dataset(folders: Folders) -> None:
             folders.dataset,
         )
     assert folder_hash(folders.dataset) == before
+
+
+def test_rows_before_train_from_are_histories_and_popularity_alone(
+    data: Dataset, folders: Folders, tmp_path: Path
+) -> None:
+    """The other rows stay as they are: their labels, histories and popularity know the days before."""
+    canonical = tmp_path / "canonical"
+    shutil.copytree(folders.canonical, canonical)
+    facts = json.loads((canonical / "source.json").read_text())
+    write_json(canonical / "source.json", facts | {"train_from": "2024-03-04"})
+    dataset.run(CONFIG, SPLIT, canonical, folders.features, folders.repo, tmp_path / "dataset")
+    fewer = Dataset.open(tmp_path / "dataset")
+    lead = sum(rows for day, rows in rows_by_day(Canonical(canonical).events()).items() if day < "2024-03-04")
+    assert 0 < lead == len(data.columns["label"]) - len(fewer.columns["label"])
+    assert fewer.splits["train"][0] == 0 and fewer.splits["test"][1] == len(fewer.columns["label"])
+    assert torch.equal(fewer.columns["label"], data.columns["label"][lead:])
+    assert histories(fewer) == histories(data, slice(lead, None))
+    assert max(map(len, histories(fewer, slice(0, 20)))) > 0  # clicks of the days before
+    assert (fewer.columns["field.views_level"][:20] != PADDING).any()
+    assert embed.training_items(Canonical(canonical), SPLIT) == pc.unique(
+        Canonical(canonical).events()["item_id"].slice(lead, fewer.splits["train"][1])
+    )
