@@ -31,8 +31,8 @@ POLL_SECONDS, END_SECONDS = 2.0, 20.0
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 # What DVC says about git and its remote: a run commits and pushes by itself.
 ADVICE = re.compile(
-    r"To track the changes with git, run:|\s+git add .*|To enable auto staging, run:|\s+dvc config core\.autostage true|"
-    r"Use `dvc push` to send your updates to remote storage\.|(Updating|Generating) lock file 'dvc\.lock'|\s*"
+    r"To track the changes with git, run:|\s+git add .*|To enable auto staging, run:|\s+dvc config core\.autostage true"
+    r"|Use `dvc push` to send your updates to remote storage\.|(Updating|Generating) lock file 'dvc\.lock'|\s*"
 )
 Say = Callable[[str], None]
 

@@ -63,7 +63,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 def _author(folder: Path, arguments: tuple[str, ...]) -> list[str]:
     """Settings for commits and tags: a server may have no name for git, and no hook or signature belongs to a run."""
-    if arguments[0] not in ("commit", "tag"):
+    if arguments[0] not in ("commit-tree", "tag"):
         return []
     settings = ["commit.gpgsign=false", "tag.gpgsign=false", "gc.auto=0"]
     known = subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], cwd=folder, env=environment(), capture_output=True)
