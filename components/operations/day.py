@@ -52,6 +52,7 @@ from components.operations.worktree import configure, environment, exists, git, 
 
 PROMOTE, WHEN_MISSING = ("auto", "ask", "never"), ("fail", "go_on")
 LOCK_SECONDS = 600  # what a step waits for a `tidy` that is at work
+RUNS, LOCKS = ".runs", "locks"
 OPENED = ".scratch/run.json"  # of a worktree: the commit that it was opened at
 RUN_FILES = ("dvc.lock", "params.yaml", POINTER)  # what the commit of a run adds to the code
 
@@ -115,7 +116,7 @@ class Day:
 
     @property
     def runs(self) -> Path:
-        return self.root / ".runs"
+        return self.root / RUNS
 
     @property
     def worktree(self) -> Path:
@@ -123,7 +124,7 @@ class Day:
 
     @property
     def lock(self) -> Path:
-        return self.runs / "locks" / f"{self}.lock"
+        return self.runs / LOCKS / f"{self}.lock"
 
     @property
     def page(self) -> Path:
@@ -134,7 +135,7 @@ class Day:
         """Hold the day's lock, and share the lock of the runs, so that `tidy` waits. Raises BusyError."""
         whose = f"{self}: {what}"
         with (
-            hold(self.runs / "locks" / "runs.lock", whose, shared=True, wait=LOCK_SECONDS),
+            hold(self.runs / LOCKS / "runs.lock", whose, shared=True, wait=LOCK_SECONDS),
             hold(self.lock, whose, shared=shared),
         ):
             yield self
@@ -197,10 +198,7 @@ def close(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     Raises ValueError where the stages have not run, BusyError where the remote cannot be reached.
     """
     worktree = opened(day).worktree
-    from components.operations.report import write
-
-    found = write(worktree, day.page)
-    facts = _facts(day, found)
+    facts = _facts(day, page(day))
     git(worktree, "add", "--force", "--", *RUN_FILES)
     tree = git(worktree, "write-tree")
     if exists(day.root, day.tag) and git(day.root, "rev-parse", f"{day.tag}^{{tree}}") == tree:
@@ -212,6 +210,13 @@ def close(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     git(worktree, "reset", "--quiet", "--soft", day.tag)
     push(day)
     return tagged(day.root, day.tag) | {"report": str(day.page)}
+
+
+def page(day: Day) -> dict[str, Any]:
+    """Write the run's page, whatever has run so far. Returns its figures."""
+    from components.operations.report import write
+
+    return write(day.worktree, day.page)
 
 
 def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:

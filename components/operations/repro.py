@@ -194,7 +194,7 @@ def clear_stale(worktree: Path) -> list[str]:
     file = worktree / ".dvc/tmp/rwlock"
     if file.is_file():
         try:
-            gone = [info for info in _held(file) if not _holds(info, file)]
+            gone = [info for info in held(file) if not _holds(info, file)]
         except ValueError:
             file.unlink()
             return [*told, f"{file} was not whole, a killed DVC left it: removed"]
@@ -212,7 +212,7 @@ def _whole(text: str) -> bool:
         return False
 
 
-def _held(file: Path) -> list[dict[str, Any]]:
+def held(file: Path) -> list[dict[str, Any]]:
     """Who holds DVC's second lock. Raises ValueError where the file is not whole."""
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
@@ -240,7 +240,7 @@ def holders(worktree: Path) -> str:
     """Who holds DVC's locks, in words."""
     file = worktree / ".dvc/tmp/rwlock"
     try:
-        found = sorted({f"process {info['pid']} ({info['cmd']})" for info in _held(file)})
+        found = sorted({f"process {info['pid']} ({info['cmd']})" for info in held(file)})
     except (OSError, ValueError):
         found = []
     return ", ".join(found) or "another DVC"
