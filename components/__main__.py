@@ -335,8 +335,10 @@ def main(arguments: list[str]) -> int:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         console.print(f"[bold red]{stage or 'error'}:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
+        if steps:
+            return causes.exit_code(error)  # the last line of a step is its reason
         console.print(f"(raised at {frame.filename}:{frame.lineno})", style="dim", markup=False, soft_wrap=True)
-        return causes.exit_code(error) if steps else 1
+        return 1
     except Exception as error:
         if not _disk_full(error):
             raise

@@ -28,16 +28,37 @@ With `promote: ask`, `ship` registers the version and promotes nothing. Who was 
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from components.common import pipeline
+from components.common.artifacts import read_json, write_json
+from components.common.causes import BusyError
+from components.common.champion import POINTER
+from components.common.config import load
 from components.operations.locks import hold
+from components.operations.repro import Outcome, Say, repro
+from components.operations.worktree import configure, environment, exists, git, make, settings, uncommitted
 
 PROMOTE, WHEN_MISSING = ("auto", "ask", "never"), ("fail", "go_on")
 LOCK_SECONDS = 600  # what a step waits for a `tidy` that is at work
+RUNS, LOCKS = ".runs", "locks"
+OPENED = ".scratch/run.json"  # of a worktree: the commit that it was opened at
+RUN_FILES = ("dvc.lock", "params.yaml", POINTER)  # what the commit of a run adds to the code
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +116,7 @@ class Day:
 
     @property
     def runs(self) -> Path:
-        return self.root / ".runs"
+        return self.root / RUNS
 
     @property
     def worktree(self) -> Path:
@@ -103,7 +124,7 @@ class Day:
 
     @property
     def lock(self) -> Path:
-        return self.runs / "locks" / f"{self}.lock"
+        return self.runs / LOCKS / f"{self}.lock"
 
     @property
     def page(self) -> Path:
@@ -114,7 +135,172 @@ class Day:
         """Hold the day's lock, and share the lock of the runs, so that `tidy` waits. Raises BusyError."""
         whose = f"{self}: {what}"
         with (
-            hold(self.runs / "locks" / "runs.lock", whose, shared=True, wait=LOCK_SECONDS),
+            hold(self.runs / LOCKS / "runs.lock", whose, shared=True, wait=LOCK_SECONDS),
             hold(self.lock, whose, shared=shared),
         ):
             yield self
+
+
+# ---- the steps ------------------------------------------------------------------------------------------------------
+
+
+def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
+    """The day's worktree at the code of HEAD, with the work tree's settings and the judge of the day."""
+    root, worktree = day.root, day.worktree
+    commit = git(root, "rev-parse", "HEAD^{commit}")
+    own = {"code": commit, "uncommitted": uncommitted(root)}
+    make(root, worktree, commit)
+    configure(root, worktree)
+    settings(root, worktree, day.until)
+    (worktree / POINTER).write_text(judge(day))
+    write_json(worktree / OPENED, own)
+    say(f"{day}: {worktree.relative_to(root)}, code of {commit[:9]}, data until {day.until:%Y-%m-%d %H:%M} UTC")
+    if own["uncommitted"]:
+        shown = ", ".join(own["uncommitted"][:10])
+        say(f"{day}: no commit has your changes of {shown}; the run uses the code of {commit[:9]}")
+    return own | {"worktree": str(worktree)}
+
+
+def judge(day: Day) -> str:
+    """champion.json of the run: who judges its models. A second run of a day has the judge of the first one."""
+    if exists(day.root, day.tag):
+        return git(day.root, "show", f"{day.tag}:{POINTER}") + "\n"
+    return git(day.root, "show", f"HEAD:{POINTER}") + "\n"
+
+
+def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
+    """Whether the raw files of the day are there. After `run.wait_hours`, `run.when_missing` decides.
+
+    Raises BusyError where they are not there yet, ValueError where they did not come.
+    """
+    return True
+
+
+def stage(day: Day, name: str, say: Say = to_stderr) -> Outcome:
+    """One stage in the day's worktree; it runs if its inputs changed. Raises as `repro` does."""
+    known = list(pipeline.read(opened(day).worktree).stages)
+    if name not in known:
+        raise ValueError(f"no stage {name!r}; dvc.yaml has {', '.join(known)}")
+    return repro(day.worktree, name, say)
+
+
+def opened(day: Day) -> Day:
+    """Raises ValueError where the day has no worktree."""
+    if not (day.worktree / OPENED).is_file():
+        raise ValueError(f"{day.worktree} is no worktree of a run; run `python -m components day open {day}`")
+    return day
+
+
+def close(day: Day, say: Say = to_stderr) -> dict[str, Any]:
+    """The page, the commit and its tag, and `dvc push`. Returns the facts that the tag has, and the page's path.
+
+    Where the tag has the same files already, it stays. Else it moves, and the older commit gets run/DAY.1 (.2, …).
+    Raises ValueError where the stages have not run, BusyError where the remote cannot be reached.
+    """
+    worktree = opened(day).worktree
+    facts = _facts(day, page(day))
+    git(worktree, "add", "--force", "--", *RUN_FILES)
+    tree = git(worktree, "write-tree")
+    if exists(day.root, day.tag) and git(day.root, "rev-parse", f"{day.tag}^{{tree}}") == tree:
+        say(f"{day}: the same files as {day.tag} has, so the tag stays")
+    else:
+        subject = f"run {day}: {facts['verdict']} {facts['model'] or ''}".strip()
+        commit = git(worktree, "commit-tree", tree, "-p", facts["code"], "-m", subject)
+        _tag(day, commit, facts, say)
+    git(worktree, "reset", "--quiet", "--soft", day.tag)
+    push(day)
+    return tagged(day.root, day.tag) | {"report": str(day.page)}
+
+
+def page(day: Day) -> dict[str, Any]:
+    """Write the run's page, whatever has run so far. Returns its figures."""
+    from components.operations.report import write
+
+    return write(day.worktree, day.page)
+
+
+def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:
+    decision, source = found["decision"], found["source"]
+    if not decision:
+        reason = f"{found['stopped'][0]} failed" if found["stopped"] else "the gate has not decided"
+        raise ValueError(f"{day}: {reason}, so the run cannot be closed; run `python -m components run {day}`")
+    lock = yaml.safe_load((day.worktree / "dvc.lock").read_text())["stages"]
+    own = read_json(day.worktree / OPENED, "the run")
+    models = found["evaluate"]
+    aucs = {name: model["test"]["auc"] for name, model in models.items()}
+    return own | {
+        "day": str(day),
+        "verdict": decision["verdict"],
+        "model": decision["model"],
+        "reasons": decision["reasons"],
+        "auc": aucs.get(decision["model"]) or max(aucs.values(), default=None),
+        "rows": source["impressions"],
+        "late": source.get("late", source["rows"].get("later", 0)),
+        "hashes": {out["path"]: out["md5"] for stage in lock.values() for out in stage.get("outs", ())},
+        "airflow_run": os.environ.get("AIRFLOW_CTX_DAG_RUN_ID"),
+    }
+
+
+def _tag(day: Day, commit: str, facts: dict[str, Any], say: Say) -> None:
+    """Point run/DAY at the commit. What it pointed at keeps a name, and what changed is said."""
+    refs = Path(git(day.root, "rev-parse", "--path-format=absolute", "--git-common-dir")) / "refs/tags/run"
+    for left in refs.glob(f"{day}*.lock"):
+        left.unlink()  # of a git that was killed: nobody else writes this day's tags
+    if exists(day.root, day.tag):
+        old = git(day.root, "rev-parse", f"refs/tags/{day.tag}")
+        names = git(day.root, "for-each-ref", "--format=%(objectname) %(refname:short)", f"refs/tags/{day.tag}.*")
+        known = dict(line.split() for line in names.splitlines())
+        kept = known.get(old) or f"{day.tag}.{len(known) + 1}"
+        git(day.root, "update-ref", f"refs/tags/{kept}", old)
+        before = tagged(day.root, day.tag)["hashes"]
+        files = git(day.root, "diff", "--name-only", f"{day.tag}^{{commit}}", commit).splitlines()
+        outputs = sorted(path for path, value in facts["hashes"].items() if before.get(path) != value)
+        say(f"{day}: the run of this day differs from the one before, which is {kept} now")
+        say(f"{day}: changed files: {', '.join(files[:10])}; changed outputs: {', '.join(outputs) or 'none'}")
+    message = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    git(day.root, "tag", "--force", "--annotate", "--message", message, day.tag, commit)
+    say(f"{day}: {day.tag} is {commit[:9]}")
+
+
+def tagged(root: Path, tag: str) -> dict[str, Any]:
+    """The facts in the message of a run's tag."""
+    return json.loads(git(root, "tag", "--list", "--format=%(contents:subject)", tag))
+
+
+def push(day: Day) -> None:
+    """The run's outputs into DVC's remote. Raises BusyError where that is not possible now."""
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "push", "--quiet"]
+    done = subprocess.run(command, cwd=day.worktree, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "it said nothing")
+        raise BusyError(f"{day}: `dvc push` failed: {reason}. {day.tag} is there; close the day again to push")
+
+
+def ship(
+    day: Day, *, promote: str | None = None, who: str = "run", why: str = "", say: Say = to_stderr
+) -> dict[str, Any]:
+    """Register an approved model as a version, then promote it, or publish the features alone.
+
+    A day that is older than the newest one closed changes nothing that serves, unless `promote` is given.
+    """
+    config = load(day.root / "params.yaml", "run", RunConfig)
+    if not exists(day.root, day.tag):
+        raise ValueError(f"{day}: there is no tag {day.tag}; run `python -m components day close {day}`")
+    facts = tagged(day.root, day.tag)
+    newest = max(closed(day.root))
+    if promote is None and day.date < newest:
+        say(f"{day}: {newest} was closed before, so this run promotes and publishes nothing")
+        return {"version": None, "promoted": False, "published": False, "why": f"{newest} is newer"}
+    return {"version": None, "promoted": False, "published": False, "why": facts["verdict"]}
+
+
+def closed(root: Path) -> set[date]:
+    """The days that have a run's tag, or a version."""
+    found = set()
+    for line in git(root, "tag", "--list", "--format=%(contents:subject)").splitlines():
+        try:
+            found.add(date.fromisoformat(json.loads(line)["day"]))
+        except (ValueError, TypeError, KeyError):
+            continue  # somebody else's tag
+    return found

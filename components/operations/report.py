@@ -27,13 +27,23 @@ EXAMPLE_CHARACTERS = 200
 ENDED = {"features": "receipt.json"}
 
 
-def run(root: Path, output: Path) -> None:
-    """Print the tables and write the page, whatever has run so far."""
+def write(root: Path, output: Path) -> dict[str, Any]:
+    """Write the page of the project, or of a run's worktree, whatever has run so far. Returns the figures."""
     found = collect(root)
-    tables = [rules_table(found), models_table(found), data_table(found), stages_table(found)]
     output.parent.mkdir(parents=True, exist_ok=True)
     with new_file(output) as scratch:
-        scratch.write_text(page(found, tables), encoding="utf-8")
+        scratch.write_text(page(found, _tables(found)), encoding="utf-8")
+    return found
+
+
+def _tables(found: dict[str, Any]) -> list[Content]:
+    return [rules_table(found), models_table(found), data_table(found), stages_table(found)]
+
+
+def run(root: Path, output: Path) -> None:
+    """Print the tables and write the page, whatever has run so far."""
+    found = write(root, output)
+    tables = _tables(found)
     console = Console(highlight=False)
     for table in tables:
         if table.rows:
@@ -59,7 +69,7 @@ def run(root: Path, output: Path) -> None:
 
 def collect(root: Path) -> dict[str, Any]:
     """Every figure that is there; an empty mapping or frame for what is not, or is of an earlier run."""
-    graph = pipeline.read()
+    graph = pipeline.read(root if (root / "dvc.yaml").is_file() else pipeline.ROOT)
     stages = {name: _json(root / f".scratch/stages/{name}.json") for name in graph.stages}
     ended = {name for name, stage in graph.stages.items() if _has_ended(root, stage)}
     validation = _json(root / graph.stages["validate"].output("report.json"))
