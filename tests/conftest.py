@@ -23,9 +23,9 @@ SOURCE = Path(__file__).resolve().parents[1]
 TINY = {
     "ingest.source": "simulator",
     "ingest.raw": "components/data/sources/simulator.py",
-    "ingest.until": None,
-    "ingest.window_days": None,
-    "ingest.simulator.days": 6,
+    "ingest.until": "2026-01-07T00:00:00+00:00",
+    "ingest.window_days": 6,
+    "ingest.lead_days": 0,
     "ingest.simulator.users": 300,
     "ingest.simulator.items": 120,
     "ingest.simulator.impressions_per_day": 1500,

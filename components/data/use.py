@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from components.common.artifacts import new_file
-from components.common.config import load, section
+from components.common.config import load, parse_time, section
 from components.common.contracts import EVENTS, HISTORY, IMAGE, ITEMS, OPTIONAL, USERS, attributes, conform
 from components.data import sources
 from components.data.sources import RawTables, Window, brief
@@ -42,11 +43,11 @@ def use(source: str, raw: str | None, params: Path) -> None:
         raw = sources.SIMULATOR_RAW
     raw = str(Path(str(raw)).expanduser()) if str(raw).startswith("~") else str(raw)
     sources.check(source, raw)
-    section(params, "ingest")
+    window = _window(section(params, "ingest"))
     settings: Any = load(params, f"ingest.{source}", SETTINGS[source]) if source in SETTINGS else None
     if isinstance(settings, FilesConfig):
         _require_mapping(raw, settings.events.path)
-    found = sources.read(source, raw, settings, Window(), rows=ROWS)
+    found = sources.read(source, raw, settings, window, rows=ROWS)
     events = conform(found.events, EVENTS, f"{source} events", optional=OPTIONAL)
     if not len(events):
         reasons = ", ".join(f"{reason}: {len(rows)}" for reason, rows in found.rejected.items() if len(rows))
@@ -59,6 +60,14 @@ def use(source: str, raw: str | None, params: Path) -> None:
     if note := keep_out_of_git(raw, params):
         console.print(note, markup=False, soft_wrap=True)
     console.print(f"{params} now names this source. Next: dvc repro", markup=False, soft_wrap=True)
+
+
+def _window(ingest: dict[str, Any]) -> Window:
+    """The days that are trained on, as the section has them."""
+    if ingest["until"] is None or ingest["window_days"] is None:
+        return Window()
+    until = parse_time("ingest.until", ingest["until"])
+    return Window(since=until - timedelta(days=ingest["window_days"]), until=until)
 
 
 def _require_mapping(raw: str, events: str | list[str] | dict[str, Any] | None) -> None:

@@ -58,9 +58,9 @@ def lay_out(folder: Path, rows: int) -> None:
     """The project's parameters for this many impressions, and its Feast repo, whose paths are relative to it."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["ingest"] |= {"source": "simulator", "raw": "components/data/sources/simulator.py"}
-    params["ingest"]["until"] = "2026-01-15T00:00:00+00:00"  # the midnight after the last day
+    params["ingest"] |= {"until": "2026-01-15T00:00:00+00:00", "window_days": DAYS, "lead_days": 0}
     params["ingest"]["simulator"] |= {
-        "start": "2026-01-01", "days": DAYS, "items": ITEMS, "users": USERS, "impressions_per_day": rows // DAYS,
+        "items": ITEMS, "users": USERS, "impressions_per_day": rows // DAYS,
         "text_dim": TEXT, "image_dim": IMAGE,
     }  # fmt: skip
     params["embed"]["dim"] = FUSED

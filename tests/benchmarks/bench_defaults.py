@@ -143,7 +143,7 @@ def chosen(kind: str, model: str, name: str, data: Dataset) -> TrainConfig:
 def simulated(folder: Path, history: int = 32, **changes: Any) -> Dataset:
     """The demo's world with these changes, through the project's stages."""
     code = str(ROOT / "components/data/sources/simulator.py")
-    source = settings("ingest", IngestConfig, source="simulator", raw=code, until=None)
+    source = settings("ingest", IngestConfig, source="simulator", raw=code)
     source = replace(source, simulator=replace(source.simulator, **changes))
     rows = settings("dataset", DatasetConfig, history_length=history)
     return build(source, settings("features", FeaturesConfig), rows, folder)
@@ -151,7 +151,7 @@ def simulated(folder: Path, history: int = 32, **changes: Any) -> Dataset:
 
 def movielens(folder: Path, raw: Path) -> Dataset:
     """By time, as the project's stages read it."""
-    source = settings("ingest", IngestConfig, source="movielens", raw=str(raw.resolve()), until=None)
+    source = settings("ingest", IngestConfig, source="movielens", raw=str(raw.resolve()), until=None, window_days=None)
     return build(source, settings("features", FeaturesConfig), settings("dataset", DatasetConfig), folder)
 
 

@@ -16,14 +16,15 @@ ROUNDS = 7
 
 def main() -> None:
     config = SimulatorConfig(
-        seed=7, start="2024-01-01", days=ROUNDS + 1, users=100_000, items=50_000, impressions_per_day=500_000,
-        text_dim=8, image_dim=8, popularity=0.8, drift=0.08, sharpness=4.0, click_rate=0.2, new_share=0.1,
-        missing_text=0.05, missing_image=0.15, noise=0.5,
+        seed=7, users=100_000, items=50_000, user_life=90, item_life=60, impressions_per_day=500_000,
+        text_dim=8, image_dim=8, popularity=0.8, drift=0.08, fashion=0.6, fashion_days=40, sharpness=4.0,
+        click_rate=0.2, late_share=0.02, corrected_share=0.002, missing_text=0.05, missing_image=0.15, noise=0.5,
     )  # fmt: skip
-    world = World(config)
-    world.day(0)
+    days = range(20_000, 20_000 + ROUNDS + 1)
+    world = World(config, days)
+    world.day(days[0])
     seconds = []
-    for day in range(1, ROUNDS + 1):
+    for day in days[1:]:
         start = time.perf_counter()
         world.day(day)
         seconds.append(time.perf_counter() - start)

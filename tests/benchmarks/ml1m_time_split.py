@@ -88,7 +88,9 @@ def datasets(raw: Path, scratch: Path) -> list[tuple[str, Dataset, list[str]]]:
         for name in (*RATINGS, *kept):
             if (raw / name).is_file():
                 (folder / "raw" / name).symlink_to(raw / name)
-        source = settings("ingest", IngestConfig, source="movielens", raw=str(folder / "raw"), until=None)
+        source = settings(
+            "ingest", IngestConfig, source="movielens", raw=str(folder / "raw"), until=None, window_days=None
+        )
         made[kept] = build(source, settings("features", FeaturesConfig), settings("dataset", DatasetConfig), folder)
     everything = made[TEXT, IMAGE]
     return [

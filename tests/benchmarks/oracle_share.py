@@ -24,16 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from frame import ROOT, build, run, say, settings, with_history
 from harness import machine
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from components.common.config import parse_time
 from components.common.contracts import ORACLE
 from components.common.dataset import Dataset
 from components.data.ingest import IngestConfig
-from components.data.sources.simulator import FIRST_ITEM, FIRST_USER, STRIDE, SimulatorConfig, World
+from components.data.sources.simulator import EPOCH, FIRST_ITEM, FIRST_USER, STRIDE, World
 from components.features.dataset import DatasetConfig
 from components.features.views import FeaturesConfig
 from components.training.config import PRECISIONS, TrainConfig
@@ -70,7 +72,7 @@ def main() -> None:
 
     source = world(asked.impressions, asked.sharpness)
     known = Table("what is known of the test day", "test share", title="Limits")
-    for what, share in limits(source.simulator).items():
+    for what, share in limits(source).items():
         known.add_row(what, f"{share:.1%}")
     Console(width=120).print(known)
     table = Table(title="Share of the oracle")
@@ -107,16 +109,17 @@ def main() -> None:
 
 
 def world(impressions: int, sharpness: float) -> IngestConfig:
-    """The demo's laws at another size."""
+    """The demo's laws at another size, and no row of it late or corrected."""
     code = str(ROOT / "components/data/sources/simulator.py")
-    source = settings("ingest", IngestConfig, source="simulator", raw=code, until=None)
+    source = settings("ingest", IngestConfig, source="simulator", raw=code, window_days=DAYS, lead_days=0)
     simulator = replace(
         source.simulator,
-        days=DAYS,
         users=impressions // A_USER,
         items=impressions // AN_ITEM,
         impressions_per_day=impressions // DAYS,
         sharpness=sharpness,
+        late_share=0.0,
+        corrected_share=0.0,
     )
     return replace(source, simulator=simulator)
 
@@ -133,21 +136,25 @@ def without_valid(figures: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if not key.startswith("valid_")}
 
 
-def limits(simulator: SimulatorConfig) -> dict[str, float]:
-    """Shares of the true logit on the last day, where a part of it is not today's but as the training days had it."""
-    world, today, trained = World(simulator), simulator.days - 1, range(simulator.days - 2)
+def limits(source: IngestConfig) -> dict[str, float]:
+    """Shares of the true logit on the last day, where a part of it is not today's but as the training days had it.
+
+    A user who was not there on a training day counts with the interests of the first day.
+    """
+    simulator = source.simulator
+    today = (parse_time("ingest.until", str(source.until)) - EPOCH).days - 1
+    world, trained = World(simulator, range(today - DAYS + 1, today + 1)), range(today - DAYS + 1, today - 1)
     events = world.day(today)
-    user_B = (events["user_id"].to_numpy() - FIRST_USER) // STRIDE
-    item_B = (events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE
+    user_B, item_B = positions(world, events)
     label_B, probability_B = events["label"].to_numpy(), events[ORACLE].to_numpy().astype(np.float64)
     z_BK = world.z_IK[item_B]
 
     def fashion(*days: int) -> np.ndarray:
-        return z_BK @ world.fashion_DK[list(days)].mean(axis=0)
+        return z_BK @ np.mean([world.fashion(day) for day in days], axis=0)
 
     def interests(*days: int) -> np.ndarray:
-        z_UK = np.mean([world.interests(day) for day in days], axis=0)
-        return simulator.sharpness * np.einsum("bk,bk->b", z_UK[user_B], z_BK)
+        z_BK_of = [world.interests(np.maximum(day, world.born_U[user_B]), user_B) for day in days]
+        return simulator.sharpness * np.einsum("bk,bk->b", np.mean(z_BK_of, axis=0), z_BK)
 
     without_B = np.log(probability_B / (1 - probability_B)) - fashion(today) - interests(today)
     known = {
@@ -158,13 +165,27 @@ def limits(simulator: SimulatorConfig) -> dict[str, float]:
         "the mean of both": fashion(*trained) + interests(*trained),
     }
     shares = {name: share(label_B, without_B + part_B, probability_B) for name, part_B in known.items()}
-    own_B = user_B < SAMPLE
-    estimate_B = np.einsum("bk,bk->b", estimated_interests(world, today)[user_B[own_B]], z_BK[own_B])
+    sample = sampled(world, today)
+    own_B = np.isin(user_B, sample)
+    estimate_B = np.einsum("bk,bk->b", estimated_interests(world, today)[user_B[own_B] - sample.start], z_BK[own_B])
     score_B = (without_B + fashion(trained[-1]))[own_B] + estimate_B
     shares["the last training day's fashion; interests by estimate"] = share(
         label_B[own_B], score_B, probability_B[own_B]
     )
     return shares
+
+
+def positions(world: World, events: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rows' users and items are in the world's arrays."""
+    user_B = (events["user_id"].to_numpy() - FIRST_USER) // STRIDE - world.first_user
+    return user_B, (events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE - world.first_item
+
+
+def sampled(world: World, today: int) -> range:
+    """SAMPLE users of today who were there on every day."""
+    start = world.users_of(today).start
+    assert start + SAMPLE <= world.users_of(world.days[0]).stop, "too few users are there on all days"
+    return range(start, start + SAMPLE)
 
 
 def share(label_B: np.ndarray, score_B: np.ndarray, oracle_B: np.ndarray) -> float:
@@ -173,24 +194,24 @@ def share(label_B: np.ndarray, score_B: np.ndarray, oracle_B: np.ndarray) -> flo
 
 
 def estimated_interests(world: World, until: int) -> np.ndarray:
-    """sharpness · z_u of the first SAMPLE users, [users, topics], by who knows all else of every day before `until`.
+    """sharpness · z_u of the `sampled` users, [users, topics], by who knows all else of every day before `until`.
 
     The mode of the posterior under a Gaussian prior of the users' mean and covariance, none below zero; a day counts
     half as much as one HALF_LIFE days later. Steps with the logistic's curvature bound of 1/4 always climb.
     """
-    sharpness = world.config.sharpness
+    sharpness, sample = world.config.sharpness, sampled(world, until)
     parts = []
-    for day in range(until):
+    for day in range(world.days[0], until):
         events = world.day(day)
-        user_B = (events["user_id"].to_numpy() - FIRST_USER) // STRIDE
-        own_B = user_B < SAMPLE
-        user_B, item_B = user_B[own_B], ((events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE)[own_B]
+        user_B, item_B = positions(world, events)
+        own_B = np.isin(user_B, sample)
+        user_B, item_B = user_B[own_B], item_B[own_B]
         probability_B, label_B = (events[name].to_numpy().astype(np.float64)[own_B] for name in (ORACLE, "label"))
         z_BK = world.z_IK[item_B].astype(np.float64)
-        affinity_B = sharpness * np.einsum("bk,bk->b", world.interests(day)[user_B], z_BK)
+        affinity_B = sharpness * np.einsum("bk,bk->b", world.interests(day, user_B), z_BK)
         other_B = np.log(probability_B / (1 - probability_B)) - affinity_B
         weight_B = np.full(len(user_B), 0.5 ** ((until - 1 - day) / HALF_LIFE))
-        parts.append((user_B, z_BK, other_B, weight_B, label_B))
+        parts.append((user_B - sample.start, z_BK, other_B, weight_B, label_B))
     user_B, z_BK, other_B, weight_B, label_B = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(user_B, kind="stable")
     user_B, z_BK, other_B, weight_B, label_B = (a[order] for a in (user_B, z_BK, other_B, weight_B, label_B))
@@ -200,7 +221,7 @@ def estimated_interests(world: World, until: int) -> np.ndarray:
         total = np.concatenate([np.zeros_like(values_BK[:1]), np.cumsum(values_BK, axis=0)])
         return total[bounds[1:]] - total[bounds[:-1]]
 
-    prior_UK = sharpness * world.interests(0)
+    prior_UK = sharpness * world.interests(until, np.array(sample))
     topics = prior_UK.shape[1]
     mean_K, precision_KK = prior_UK.mean(axis=0), np.linalg.inv(np.cov(prior_UK.T) + 1e-3 * np.eye(topics))
     curvature_UKK = np.stack([by_user(z_BK * (z_BK[:, k] * weight_B / 4)[:, None]) for k in range(topics)], axis=1)

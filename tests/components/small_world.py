@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from components.common.artifacts import folder_hash, write_json
+from components.common.config import parse_time
 from components.common.contracts import ARRIVAL, TIMESTAMP
 from components.common.dataset import Dataset
 from components.common.splits import SplitConfig
 from components.data import ingest, sources, validate
 from components.data.ingest import IngestConfig
-from components.data.sources import SIMULATOR_RAW, RawTables
+from components.data.sources import SIMULATOR_RAW, RawTables, Window
 from components.data.sources.files import FilesConfig, TableConfig
 from components.data.sources.simulator import SimulatorConfig
 from components.data.validate import ValidateConfig
@@ -35,23 +36,28 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 SIMULATOR = SimulatorConfig(
     seed=3,
-    start="2024-03-01",
-    days=8,
     users=150,
     items=80,
+    user_life=60,
+    item_life=40,
     impressions_per_day=400,
     text_dim=6,
     image_dim=5,
     popularity=0.8,
     drift=0.08,
+    fashion=0.6,
+    fashion_days=40,
     sharpness=4.0,
     click_rate=0.2,
-    new_share=0.1,
+    late_share=0.0,
+    corrected_share=0.0,
     missing_text=0.1,
     missing_image=0.2,
     noise=0.5,
 )
 UNTIL = "2024-03-09T00:00:00+00:00"  # the midnight after the last day
+WINDOW_DAYS = 8
+WINDOW = Window(since=parse_time("since", "2024-03-01T00:00:00+00:00"), until=parse_time("until", UNTIL))
 
 VALIDATE = ValidateConfig(
     label_rate=(0.01, 0.95),
@@ -79,7 +85,7 @@ def ingest_config(
 
 
 def ingest_simulator(output: Path) -> Path:
-    ingest.run(ingest_config(), output)
+    ingest.run(ingest_config(window_days=WINDOW_DAYS), output)
     return output
 
 

@@ -109,7 +109,7 @@ def test_unknown_nested_key_is_named_with_the_known_ones_there(edited: Callable[
         ("dataset", lambda p: p["dataset"].update(min_count=0), "min_count is 0"),
         ("ingest", lambda p: p["ingest"]["simulator"].update(users=0), "ingest.simulator: users is 0"),
         ("ingest", lambda p: p["ingest"]["simulator"].update(click_rate=1.0), "click_rate is 1.0; it is a share"),
-        ("ingest", lambda p: p["ingest"]["simulator"].update(start="May"), "start is 'May'; write a day"),
+        ("ingest", lambda p: p["ingest"]["simulator"].update(late_share=-0.1), "late_share is -0.1; it is a share"),
         ("ingest", lambda p: p["ingest"].update(source="kaggle"), "unknown source 'kaggle'; known are files"),
         ("ingest", lambda p: p["ingest"].update(raw="no/such"), "ingest.raw: 'no/such' is not there"),
     ],
@@ -126,7 +126,9 @@ def test_a_mistake_is_named(
 @pytest.mark.parametrize("value", ["2026-10-05", "2026-10-05T00:00:00+00:00"])
 def test_a_time_that_yaml_took_for_one_is_told_to_be_quoted(value: str, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
-    params.write_text((PROJECT / "params.yaml").read_text().replace("until: null", f"until: {value}"))
+    params.write_text(
+        (PROJECT / "params.yaml").read_text().replace('until: "2026-01-11T00:00:00+00:00"', f"until: {value}")
+    )
     said = message(params, "ingest")
     assert "ingest.until is 2026-10-05" in said
     assert "put it in quotes" in said
@@ -134,13 +136,13 @@ def test_a_time_that_yaml_took_for_one_is_told_to_be_quoted(value: str, tmp_path
 
 def test_several_mistakes_are_told_at_once(edited: Callable[[Edit], Path]) -> None:
     def edit(params: dict) -> None:
-        params["ingest"]["simulator"].pop("days")
+        params["ingest"]["simulator"].pop("items")
         params["ingest"]["simulator"].update(users="few", colour="red")
         params["ingest"].update(nature=1)
         params["ingest"].pop("source")
 
     said = message(edited(edit), "ingest")
-    keys = ["simulator.days", "simulator.users", "simulator.colour", "nature", "source"]
+    keys = ["simulator.items", "simulator.users", "simulator.colour", "nature", "source"]
     assert sorted(line.split()[0].rstrip(":") for line in said.splitlines()[1:]) == sorted(f"ingest.{k}" for k in keys)
 
 

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ import pyarrow.parquet as pq
 
 from components.common.contracts import ARRIVAL, TIMESTAMP, Canonical
 from components.data import validate
-from components.data.sources import RawTables, simulator
-from components.data.sources.simulator import World
+from components.data.sources import RawTables, Window, simulator
+from components.data.sources.simulator import EPOCH, World
 from tests.components.small_world import SIMULATOR, VALIDATE, ingest_tables, with_column
 
 DAYS, ROWS, HOUR = 14, 600, 3_600_000_000
-SIZES = {"days": DAYS, "users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}
-CONFIG = replace(SIMULATOR, **SIZES, new_share=0.3, noise=0.3)
+FIRST = datetime(2024, 3, 1, tzinfo=UTC)
+SIZES = {"users": 300, "items": 600, "impressions_per_day": ROWS, "text_dim": 24, "image_dim": 24}
+CONFIG = replace(SIMULATOR, **SIZES, item_life=45, noise=0.3)
 UNTIL = "2024-03-15T06:00:00+00:00"  # six hours after the last of the days
 FUTURE = 4_070_908_800_000_000  # 2099
 RULES = replace(VALIDATE, trailing_days=7, min_day_rows=200)
@@ -47,10 +49,15 @@ class Fault:
     also: tuple[str, ...] = ()
 
 
+def window(days: int) -> Window:
+    """So many days from the first on."""
+    return Window(since=FIRST, until=FIRST + timedelta(days=days))
+
+
 @cache
 def clean_tables() -> RawTables:
     """A simulated world whose events arrive an hour after they happen."""
-    raw = simulator.read("", CONFIG)
+    raw = simulator.read("", CONFIG, window(DAYS))
     time = raw.events["timestamp"]
     at = raw.events.column_names.index("device")
     events = raw.events.set_column(at, "device", raw.events["device"].cast(pa.string()))
@@ -121,7 +128,7 @@ def right(fault: Fault, broken: set[str]) -> bool:
 
 def day_of(events: pa.Table) -> np.ndarray:
     day = events["timestamp"].to_numpy().astype("datetime64[D]")
-    return (day - np.datetime64(CONFIG.start)).astype(int)
+    return (day - np.datetime64(FIRST.date())).astype(int)
 
 
 def on(day: int, share: float = 1.0, seed: int = 0) -> Callable[[pa.Table], np.ndarray]:
@@ -176,7 +183,7 @@ def values(name: str, change: Callable[[list, np.ndarray], Any], rows: slice = s
 
 def is_new(raw: RawTables, table: pa.Table) -> np.ndarray:
     """Marks the vectors of items created in the judged days."""
-    since = pa.scalar(np.datetime64(CONFIG.start, "us") + np.timedelta64(DAYS - 7, "D")).cast(TIMESTAMP)
+    since = pa.scalar(np.datetime64(FIRST.date(), "us") + np.timedelta64(DAYS - 7, "D")).cast(TIMESTAMP)
     new = raw.items.filter(pc.greater_equal(raw.items["created_at"], since))["item_id"]
     return pc.is_in(table["item_id"], value_set=new.combine_chunks()).to_numpy()
 
@@ -226,7 +233,7 @@ def rewrite(name: str, change: Callable[[pa.Table], pa.Table]) -> Folder:
 
 
 def part(day: int) -> str:
-    return f"events/day={np.datetime64(CONFIG.start) + day}/part-0.parquet"
+    return f"events/day={np.datetime64(FIRST.date()) + day}/part-0.parquet"
 
 
 def cut(name: str, keep: float) -> Folder:
@@ -253,7 +260,8 @@ def shifted(hours: float, day: int, columns: tuple[str, ...] = ("timestamp",)) -
 
 def spike(t: pa.Table) -> pa.Table:
     """Four more draws of the newest day."""
-    day = World(CONFIG).day(DAYS - 1, rows=4 * ROWS)
+    newest = (FIRST - EPOCH).days + DAYS - 1
+    day = World(CONFIG, range(newest, newest + 1)).day(newest, rows=4 * ROWS)
     day = day.append_column(ARRIVAL, day["timestamp"])
     return pa.concat_tables(
         [t, day.cast(pa.schema([t.schema.field(n) for n in day.column_names])).select(t.column_names)]
@@ -396,7 +404,7 @@ FAULTS = [
     Fault("a day's times are eight hours off", "stop figures.hours", shifted(-8, NEWEST, ("timestamp", ARRIVAL))),
     Fault("items come after their events", "warn events.item_exists",
           items(lambda t: put(t, "created_at", np.arange(len(t)) % 4 == 0,
-                              int(np.datetime64(CONFIG.start, "us").astype(int)) + 5 * 24 * HOUR))),
+                              int(np.datetime64(FIRST.date(), "us").astype(int)) + 5 * 24 * HOUR))),
     # labels
     Fault("the label rate jumps", "stop figures.label_rate", cells("label", on(NEWEST, 0.5), 1)),
     Fault("labels are flipped", "stop figures.label_rate",

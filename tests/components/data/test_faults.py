@@ -14,7 +14,18 @@ from components.common.contracts import Canonical
 from components.data import ingest, validate
 from components.data.frames.days import figure_frame, recent_days
 from components.data.sources import simulator
-from tests.components.data.faults import CONFIG, DAYS, FAULTS, RULES, Corpus, Fault, day_of, right, table_of_faults
+from tests.components.data.faults import (
+    CONFIG,
+    DAYS,
+    FAULTS,
+    RULES,
+    Corpus,
+    Fault,
+    day_of,
+    right,
+    table_of_faults,
+    window,
+)
 from tests.components.small_world import PROJECT, ingest_config, ingest_tables
 
 
@@ -47,11 +58,11 @@ def test_the_table_tells_a_fault_that_went_by(corpus: Corpus, monkeypatch: pytes
 @pytest.mark.slow
 def test_thirty_clean_days_raise_nothing(tmp_path: Path) -> None:
     """Judged on four days, so that every day from the second on is among the newest once."""
-    world = replace(CONFIG, days=30, seed=11)
+    world = replace(CONFIG, seed=11)
     for last in (8, 15, 22, 30):
         canonical = tmp_path / str(last)
         until = f"2024-03-{last + 1:02}T00:00:00+00:00"
-        ingest.run(replace(ingest_config(), simulator=world, until=until), canonical)
+        ingest.run(replace(ingest_config(), simulator=world, until=until, window_days=last), canonical)
         report = validate.run(RULES, canonical, tmp_path / f"{last}.json", tmp_path / f"{last}-docs")
         assert [validate.describe(rule) for rule in report["rules"] if not rule["passed"]] == []
         assert report["rows"]["events"] == last * world.impressions_per_day
@@ -60,7 +71,7 @@ def test_thirty_clean_days_raise_nothing(tmp_path: Path) -> None:
 
 def test_a_week_has_its_rhythm(tmp_path: Path) -> None:
     """Weekends with three tenths of the rows are usual once three are there, and a fall to a fifth of that is not."""
-    raw = simulator.read("", replace(CONFIG, days=30, seed=11))
+    raw = simulator.read("", replace(CONFIG, seed=11), window(30))
     day, chance = day_of(raw.events), np.random.default_rng(0).random(len(raw.events))
     kept = (chance < 0.3) | ~np.isin(day % 7, (1, 2))  # the first is a Friday
 

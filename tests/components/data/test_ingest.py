@@ -18,17 +18,17 @@ from components.common.artifacts import folder_hash
 from components.common.config import parse_time
 from components.common.contracts import Canonical
 from components.data import ingest, sources
-from components.data.sources import RawTables, Window
+from components.data.sources import RawTables
 from components.data.sources.simulator import read
 from models import schema
-from tests.components.small_world import SIMULATOR, ingest_config, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, WINDOW, ingest_config, ingest_tables, with_column
 
 RATINGS = "1::10::5::978300760\n2::10::1::978300761\n"
 
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read("", SIMULATOR, Window())
+    return read("", SIMULATOR, WINDOW)
 
 
 @pytest.fixture

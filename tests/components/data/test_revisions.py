@@ -18,14 +18,14 @@ import pytest
 from components.common.artifacts import folder_hash
 from components.common.contracts import EVENTS, TIMESTAMP, Canonical, attributes
 from components.data import revisions
-from components.data.sources import RawTables, Window
+from components.data.sources import RawTables
 from components.data.sources.simulator import read
-from tests.components.small_world import SIMULATOR, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, WINDOW, ingest_tables, with_column
 
 
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
-    return read("", SIMULATOR, Window())
+    return read("", SIMULATOR, WINDOW)
 
 
 def no_time(raw: RawTables, rows: int) -> RawTables:

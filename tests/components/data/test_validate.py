@@ -29,7 +29,7 @@ from components.data.frames.columns import column_frame, tells_label
 from components.data.frames.days import day_frame, figure_frame, recent_days
 from components.data.frames.rows import event_frame
 from components.data.frames.vectors import vector_frame
-from components.data.sources import RawTables, Window, simulator
+from components.data.sources import RawTables, simulator
 from components.data.sources.files import TableConfig
 from components.data.thresholds import CHANCE, FLOORS, SIGMA, ValidateConfig
 from components.features import embed, features, views
@@ -39,6 +39,7 @@ from tests.components.small_world import (
     SIMULATOR,
     UNTIL,
     VALIDATE,
+    WINDOW,
     ingest_config,
     ingest_simulator,
     ingest_tables,
@@ -337,7 +338,7 @@ def test_the_judged_days(clean: Path) -> None:
 def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither at `until`, nor, where that is null, now."""
     now = datetime(2024, 3, 8, hour, tzinfo=UTC)
-    facts = ingest.run(ingest_config(until=now.isoformat()), tmp_path / "canonical")
+    facts = ingest.run(ingest_config(until=now.isoformat(), window_days=8), tmp_path / "canonical")
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
@@ -357,14 +358,14 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
 
 
 def test_a_first_day_that_is_not_over(tmp_path: Path) -> None:
-    ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00"), tmp_path / "canonical")
+    ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00", window_days=1), tmp_path / "canonical")
     found = judged(tmp_path / "canonical")
     assert found.error == "" and "days: 2024-03-01 is not complete" in found.report["not_judged"]
 
 
 def jumping() -> RawTables:
     """Users come one after the other, until on the last day all are there, and clicks are as likely as not."""
-    raw = simulator.read("", SIMULATOR, Window())
+    raw = simulator.read("", SIMULATOR, WINDOW)
     last = np.arange(len(raw.events)) >= 7 * 400
     rng = np.random.default_rng(0)
     user, label = (raw.events[name].to_numpy() for name in ("user_id", "label"))
@@ -524,7 +525,7 @@ def test_tabular_data_with_thousands_of_users_and_items(leak: bool, tmp_path: Pa
 
 def test_a_leak_whose_values_repeat_over_days_alone(clean: Path, tmp_path: Path) -> None:
     """A name that each day has once: no day shows the leak, the days together do."""
-    raw = simulator.read("", SIMULATOR, Window())
+    raw = simulator.read("", SIMULATOR, WINDOW)
     label = raw.events["label"].to_numpy()
     day = raw.events["timestamp"].to_numpy().astype("datetime64[D]").astype(int)
     rank = pd.Series(label).groupby([day, label]).cumcount().to_numpy()
@@ -661,7 +662,7 @@ def test_several_validations_at_once_do_not_meet(passed: Judged, clean: Path, ce
 
 def test_a_quarantine_is_told_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What ingest left out is in the report, by reason and with a row; the rows that stayed pass."""
-    raw = simulator.read("", SIMULATOR, Window())
+    raw = simulator.read("", SIMULATOR, WINDOW)
     labels = raw.events["label"].to_numpy().copy()
     labels[[5, 700]] = 2
     raw = replace(raw, events=put("user_id", {9: 4})(with_column(raw.events, "label", labels)))

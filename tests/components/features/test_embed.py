@@ -21,13 +21,13 @@ from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import Canonical
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data import pictures
-from components.data.sources import RawTables, Window
+from components.data.sources import RawTables
 from components.data.sources.simulator import read
 from components.features import embed
 from components.features.embed import EmbedConfig
 from components.features.encoders import image_encoder, text_encoder
 from tests.components.features.small_encoders import clip_model, sentence_model
-from tests.components.small_world import SIMULATOR, ingest_tables, with_column
+from tests.components.small_world import SIMULATOR, WINDOW, ingest_tables, with_column
 
 CONFIG = EmbedConfig(dim=6, text_features=50, text_dim=5, text_encoder=None, image_encoder=None, seed=1, fit=None)
 SPLIT = SplitConfig(valid_share=0.1, test_share=0.1)
@@ -37,7 +37,7 @@ Run = Callable[..., Path]
 @pytest.fixture(scope="module")
 def raw() -> RawTables:
     """The simulator's tables; item 0 has no modality, item 1 texts alone."""
-    tables = read("", replace(SIMULATOR, new_share=0.5), Window())
+    tables = read("", replace(SIMULATOR, item_life=16), WINDOW)
     ids = tables.items["item_id"].to_pylist()
     text, image = tables.modalities["text"], tables.modalities["image"]
     without = {"text": ids[:1], "image": ids[:2]}
