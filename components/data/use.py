@@ -63,11 +63,11 @@ def use(source: str, raw: str | None, params: Path) -> None:
 
 
 def _window(ingest: dict[str, Any]) -> Window:
-    """The window that `ingest` would read."""
+    """The days that are trained on, as the section has them."""
     if ingest["until"] is None or ingest["window_days"] is None:
         return Window()
     until = parse_time("ingest.until", ingest["until"])
-    return Window(since=until - timedelta(days=ingest["window_days"] + ingest["lead_days"]), until=until)
+    return Window(since=until - timedelta(days=ingest["window_days"]), until=until)
 
 
 def _require_mapping(raw: str, events: str | list[str] | dict[str, Any] | None) -> None:

@@ -89,7 +89,7 @@ def ingest_config(
 
 
 def ingest_simulator(output: Path) -> Path:
-    ingest.run(ingest_config(), output)
+    ingest.run(ingest_config(window_days=WINDOW_DAYS), output)
     return output
 
 

@@ -337,7 +337,7 @@ def test_the_judged_days(clean: Path) -> None:
 def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither at `until`, nor, where that is null, now."""
     now = datetime(2024, 3, 8, hour, tzinfo=UTC)
-    facts = ingest.run(ingest_config(until=now.isoformat()), tmp_path / "canonical")
+    facts = ingest.run(ingest_config(until=now.isoformat(), window_days=8), tmp_path / "canonical")
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
@@ -357,7 +357,7 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
 
 
 def test_a_first_day_that_is_not_over(tmp_path: Path) -> None:
-    ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00"), tmp_path / "canonical")
+    ingest.run(ingest_config(until="2024-03-01T20:00:00+00:00", window_days=1), tmp_path / "canonical")
     found = judged(tmp_path / "canonical")
     assert found.error == "" and "days: 2024-03-01 is not complete" in found.report["not_judged"]
 
