@@ -152,20 +152,15 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     make(root, worktree, commit)
     configure(root, worktree)
     settings(root, worktree, day.until)
-    (worktree / POINTER).write_text(judge(day))
+    from components.release.registry import judge
+
+    write_json(worktree / POINTER, judge(root, live(day), str(day)))
     write_json(worktree / OPENED, own)
     say(f"{day}: {worktree.relative_to(root)}, code of {commit[:9]}, data until {day.until:%Y-%m-%d %H:%M} UTC")
     if own["uncommitted"]:
         shown = ", ".join(own["uncommitted"][:10])
         say(f"{day}: no commit has your changes of {shown}; the run uses the code of {commit[:9]}")
     return own | {"worktree": str(worktree)}
-
-
-def judge(day: Day) -> str:
-    """champion.json of the run: who judges its models. A second run of a day has the judge of the first one."""
-    if exists(day.root, day.tag):
-        return git(day.root, "show", f"{day.tag}:{POINTER}") + "\n"
-    return git(day.root, "show", f"HEAD:{POINTER}") + "\n"
 
 
 def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
@@ -285,14 +280,47 @@ def ship(
     A day that is older than the newest one closed changes nothing that serves, unless `promote` is given.
     """
     config = load(day.root / "params.yaml", "run", RunConfig)
+    if promote not in (None, *PROMOTE):
+        raise ValueError(f"--promote is {promote!r}; write {', '.join(PROMOTE[:-1])} or {PROMOTE[-1]}")
     if not exists(day.root, day.tag):
         raise ValueError(f"{day}: there is no tag {day.tag}; run `python -m components day close {day}`")
     facts = tagged(day.root, day.tag)
     newest = max(closed(day.root))
+    found: dict[str, Any] = {"version": None, "promoted": False, "published": False, "champion": None}
     if promote is None and day.date < newest:
-        say(f"{day}: {newest} was closed before, so this run promotes and publishes nothing")
-        return {"version": None, "promoted": False, "published": False, "why": f"{newest} is newer"}
-    return {"version": None, "promoted": False, "published": False, "why": facts["verdict"]}
+        say(f"{day}: {newest} is closed already, so this run promotes and publishes nothing")
+        return found | {"why": f"{newest} is newer"}
+
+    from components.common.live import current
+    from components.release import registry, versions
+
+    mode, folder = promote or config.promote, live(day)
+    if facts["verdict"] != "approve":
+        why_not = "the gate rejected: " + "; ".join(facts["reasons"])
+    else:
+        version = found["version"] = versions.register(day.root, day.tag)
+        if mode == "auto":
+            say(registry.promote(day.root, folder, version, who, why or f"the gate approved {day.tag}"))
+            found["promoted"] = True
+        why_not = {
+            "ask": f"{version} waits for a person: `python -m components registry promote {version} --why REASON`",
+            "never": f"{version} is registered, and run.promote is never",
+        }.get(mode, "")
+    if not found["promoted"]:
+        say(f"{day}: {why_not}")
+        found["published"] = publish(day, say)
+    serves = current(folder)
+    return found | {"why": why or why_not, "champion": serves.version if serves else None}
+
+
+def publish(day: Day, say: Say) -> bool:
+    """The day's features into what serves, if they are newer. Returns whether they went there."""
+    return False
+
+
+def live(day: Day) -> Path:
+    """CLICKLOOP_LIVE, or .live in the clone."""
+    return day.root / os.environ.get("CLICKLOOP_LIVE", ".live")
 
 
 def closed(root: Path) -> set[date]:
