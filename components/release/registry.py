@@ -247,7 +247,8 @@ def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path,
             newer = has["until"] > receipt["until"]
             return now.store, f"its data until {has['until']} are newer" if newer else "it has the same data"
     with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
-        features, repo = Path(scratch, "features"), Path(scratch, "repo")
+        features, repo = Path(scratch, FEATURES), Path(scratch, REPO)  # as in a work tree
+        features.parent.mkdir()
         stored.get(root, version.commit, FEATURES, features)
         stored.get(root, version.commit, REPO, repo)
         # named by its content: a fill that was killed is cleared away by the next, and a whole one is found
