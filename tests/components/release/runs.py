@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
+import yaml
 
 from components.common.artifacts import write_json
 from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash
@@ -50,6 +50,7 @@ def repository(root: Path) -> Path:
     dvc(root, "remote", "add", "-q", "-d", "local", str(root / ".dvc-remote"))
     world(root)
     shutil.copy(PROJECT / "params.yaml", root / "params.yaml")
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"all": {"cmd": "true", "outs": OUTPUTS}}}))
     write_json(root / "champion.json", {"version": None})
     (root / ".gitignore").write_text("/.live/\n/.dvc-remote/\n/data/\n/checkpoints/\n/artifacts/\n/decision.json\n")
     commit(root, "the project")
@@ -60,7 +61,10 @@ def world(root: Path) -> World:
     return make_world(root)
 
 
-def commit(root: Path, message: str) -> None:
+def commit(root: Path, message: str, *, outputs: bool = False) -> None:
+    """With outputs: those that lie in the work tree, by dvc.lock."""
+    if outputs:
+        dvc(root, "commit", "-q", "-f")
     git(root, "add", "-A")
     git(root, "commit", "-q", "--allow-empty", "-m", message)
 
@@ -117,8 +121,7 @@ def close(root: Path, day: str, *, build: bool = False, push: bool = True, **cha
         facts = {"built": True, "tag": tag, "model": "qin", "checkpoint_sha256": checkpoint_hash(shipped)}
         write_json(package / "package.json", facts | changed.get("package", {}))
     write_json(root / "artifacts/smoke/smoke.json", {"passed": True, "tag": tag} | changed.get("smoke", {}))
-    dvc(root, "add", "-q", *OUTPUTS)
-    commit(root, f"run {day}")
+    commit(root, f"run {day}", outputs=True)
     git(root, "tag", "-f", "-m", json.dumps({"day": day}), f"run/{day}")
     if push:
         dvc(root, "push", "-q")
@@ -135,14 +138,3 @@ def _build(root: Path, output: Path) -> str:
             config, decision, shipped, root / "data/dataset", root / "data/features", root / "feature_repo", output
         )["tag"]
     )
-
-
-@pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone whose runs of 2026-01-10 and -11 are closed and pushed."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    root = repository(tmp_path / "clone")
-    close(root, "2026-01-10")
-    close(root, "2026-01-11")
-    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,20 @@ from components.common.live import current
 from components.release import registry, versions
 from components.training.champion import fetch
 from models.checkpoint import checkpoint_hash
-from tests.components.release.runs import PROJECT, close, clone, commit, dvc, git  # noqa: F401
+from tests.components.release.runs import ENVIRONMENT, PROJECT, close, commit, dvc, git, repository
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone whose runs of 2026-01-10 and -11 are closed and pushed."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    root = repository(tmp_path / "clone")
+    close(root, "2026-01-10")
+    close(root, "2026-01-11")
+    return root
 
 
 def promote(root: Path, version: str, **words: Any) -> str:
@@ -130,11 +142,10 @@ def test_hashes_that_do_not_match_are_refused_whatever_the_reason(clone: Path) -
 def test_the_bytes_in_the_bento_are_those_that_ship(clone: Path) -> None:
     model = clone / "artifacts/package/bento/models/ctr_ranker_model/qin/config.json"
     model.write_text(model.read_text() + " ")
-    dvc(clone, "add", "-q", "artifacts/package")
-    commit(clone, "another package")
+    commit(clone, "another package", outputs=True)
     git(clone, "tag", "-f", "-m", "again", "run/2026-01-11")
     dvc(clone, "push", "-q")
-    with pytest.raises(ValueError, match="the Bento holds the checkpoint .*no override helps"):
+    with pytest.raises(ValueError, match=r"the Bento holds the checkpoint .*no override helps"):
         promote(clone, "2026-01-11", override="I know better")
     assert current(clone / ".live") is None
     assert not list((clone / ".live/releases/ctr-ranker").iterdir())
@@ -142,7 +153,7 @@ def test_the_bytes_in_the_bento_are_those_that_ship(clone: Path) -> None:
 
 def test_what_an_override_goes_on_with_stays_in_the_history(clone: Path) -> None:
     close(clone, "2026-01-12", push=False, smoke={"tag": "ctr-ranker:another"})
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="or give `--override REASON`$") as refused:
         promote(clone, "2026-01-12")
     assert "ctr-ranker:qin-2026-01-12 has not passed the smoke test; run the day again" in str(refused.value)
     assert "DVC's remote does not have artifacts/package, checkpoints/qin, checkpoints/refit" in str(refused.value)
@@ -194,8 +205,6 @@ def test_tags_of_others_are_no_versions(clone: Path) -> None:
 
 def test_the_command_line(clone: Path) -> None:
     def run(*words: str, code: int = 0) -> str:
-        import os
-
         env = os.environ | {"PYTHONPATH": str(PROJECT), "CLICKLOOP_LIVE": str(clone / ".live"), "USER": "eve"}
         done = subprocess.run(
             [sys.executable, "-m", "components", "registry", *words], cwd=clone, env=env, capture_output=True, text=True
