@@ -32,6 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from components.common import causes, pipeline, threads
 from components.operations import commands
+from components.release.commands import registry
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
@@ -178,7 +179,6 @@ Params = Annotated[Path, typer.Option(help="The file with every number, a sectio
 Canonical = Annotated[Path, typer.Option(help=FILES["canonical"])]
 Features = Annotated[Path, typer.Option(help=FILES["features"])]
 Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
-Pointer = Annotated[Path, typer.Option(help=FILES["pointer"])]
 
 
 app.command(rich_help_panel=RUNS)(commands.run)
@@ -262,27 +262,19 @@ def use(
     step.use(source, raw, params)
 
 
-@app.command(rich_help_panel=RELEASES)
-def promote(
-    package: Annotated[Path, typer.Option(help="The folder that `package` wrote.")] = Path("artifacts/package"),
-    smoke: Annotated[Path, typer.Option(help="smoke.json; it must have passed.")] = Path("artifacts/smoke/smoke.json"),
-    pointer: Pointer = Path("champion.json"),
-) -> None:
-    """Make the packaged model the champion: a version and a stage as git tags (GTO), and champion.json."""
-    from components.release import registry as step
-
-    console.print(step.promote(package, smoke, pointer))
+app.add_typer(registry, name="registry", rich_help_panel=RELEASES)
 
 
 @app.command(rich_help_panel=RELEASES)
-def rollback(
-    version: Annotated[str, typer.Argument(help="An earlier version, such as v1.0.0; `gto show` lists them.")],
-    pointer: Pointer = Path("champion.json"),
+def serve(
+    bento: Annotated[Path | None, typer.Option(help="A Bento's folder that is not promoted, to try it.")] = None,
+    online: Annotated[Path | None, typer.Option(help="A store folder for that Bento.")] = None,
 ) -> None:
-    """Make an earlier version the champion again."""
-    from components.release import registry as step
+    """The champion over HTTP, until Ctrl-C. BENTOML_HOST and BENTOML_PORT say where; 127.0.0.1:3000 if not given."""
+    from components.common.live import live_folder
+    from components.operations import serve as step
 
-    console.print(step.rollback(version, pointer))
+    raise typer.Exit(step.run(live_folder(), bento, online))
 
 
 @contextmanager

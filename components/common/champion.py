@@ -1,7 +1,10 @@
-"""The champion is the version that serves now. champion.json points at it, and `data/champion` holds its checkpoint.
+"""The champion that a run is judged against. champion.json names it, and `data/champion` holds its checkpoint.
 
-champion.json          name, version, revision, model, checkpoint_sha256, bento; version is null where there is none
-data/champion/         a copy of champion.json, and the version's checkpoint/, as the stage `champion` fetched it
+A run writes champion.json into its own worktree. In a person's work tree, `registry pin` does.
+
+champion.json          version, null where there is none; name, revision, day, model, bento, train_until;
+                       checkpoint_sha256 (what ships) and judged_sha256 (what the gate judged, before its refit)
+data/champion/         a copy of champion.json, and the judged checkpoint/, as the stage `champion` fetched it
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ POINTER, CHECKPOINT = "champion.json", "checkpoint"
 
 
 def read_pointer(pointer: Path) -> dict[str, Any] | None:
-    """What champion.json says; None before the first promotion.
+    """What champion.json says; None where it names no version.
 
     Raises ValueError where the file is missing or is no pointer.
     """

@@ -1,5 +1,6 @@
 """champion: the champion's checkpoint, out of DVC, for all stages that compare with it or start from it.
 
+It is the checkpoint that the gate judged, and not its refit: the refit has seen the days on which it would be compared.
 It is fetched here once. So training and evaluation read files alone, and run on a machine without git and DVC.
 """
 
@@ -29,7 +30,7 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
 
 
 def fetch(champion: dict[str, Any], folder: Path) -> None:
-    """The checkpoint of a version, out of DVC's cache or remote.
+    """The judged checkpoint of a version, out of DVC's cache or remote.
 
     Raises ValueError where DVC does not have it, or has other bytes than the version names.
     """
@@ -43,8 +44,8 @@ def fetch(champion: dict[str, Any], folder: Path) -> None:
             f"champion {version}: DVC cannot give its checkpoint at {revision}: {error}. "
             f"Run `dvc fetch --all-tags checkpoints/{model}`"
         ) from error
-    if (found := checkpoint_hash(folder)) != champion["checkpoint_sha256"]:
+    if (found := checkpoint_hash(folder)) != champion["judged_sha256"]:
         raise ValueError(
-            f"champion {version}: DVC holds checkpoint {found} at {revision}, but the champion is "
-            f"{champion['checkpoint_sha256']}; run `git checkout champion.json`, or `dvc repro` and commit"
+            f"champion {version}: DVC holds checkpoint {found} at {revision}, but the champion's is "
+            f"{champion['judged_sha256']}; run `git checkout champion.json`, or `dvc repro` and commit"
         )

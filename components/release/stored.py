@@ -1,0 +1,58 @@
+"""What DVC holds of a commit: in its cache, or else on its remote. No work tree is read or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dvc.api import DVCFileSystem
+
+
+def files(root: Path, revision: str) -> DVCFileSystem:
+    """The files of a commit, git's and DVC's."""
+    from dvc.api import DVCFileSystem  # half a second
+
+    return DVCFileSystem(str(root), rev=revision)
+
+
+def read(root: Path, revision: str, path: str) -> bytes:
+    """Raises ValueError where DVC does not have the file."""
+    try:
+        return files(root, revision).cat_file(path)
+    except Exception as error:  # DVC raises a dozen kinds
+        raise _gone(revision, path, error) from error
+
+
+def get(root: Path, revision: str, path: str, folder: Path) -> None:
+    """Copy a file or a folder of a commit to `folder`. Raises ValueError where DVC does not have all of it."""
+    try:
+        files(root, revision).get(path, str(folder), recursive=True)
+    except Exception as error:
+        raise _gone(revision, path, error) from error
+
+
+def not_pushed(root: Path, revision: str, paths: Iterable[str]) -> list[str]:
+    """Those of the outputs at a commit whose bytes are not all on DVC's default remote."""
+    from dvc.repo import Repo
+
+    with Repo(str(root), rev=revision) as repo:
+        return [path for path in paths if _lacks(repo, path)]
+
+
+def _lacks(repo: object, path: str) -> bool:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    assert isinstance(repo, Repo)
+    try:
+        wanted = {one for used in repo.used_objs([path]).values() for one in used}
+        status = repo.cloud.status(wanted)
+    except (DvcException, OSError):  # no such output, no remote, or nobody answers there
+        return True
+    return bool(status.new or status.missing)
+
+
+def _gone(revision: str, path: str, error: Exception) -> ValueError:
+    return ValueError(f"DVC cannot give {path} at {revision}: {error}. Run `dvc fetch --all-tags {path}`")
