@@ -71,7 +71,8 @@ def missing(config: IngestConfig, day: date) -> str | None:
     """
     if config.source == "simulator":
         return None
-    if any(file.day for file in (files := _events(config))):
+    files = _events(config)
+    if any(file.day for file in files):
         return _missing_files(files, day)
     newest = newest_event(config)
     if newest.date() < day:
@@ -121,7 +122,11 @@ def _missing_files(files: list[File], day: date) -> str | None:
     if not own:
         newest = max(file.day for file in files if file.day)
         return f"there is no file of {day}; the newest files are of {newest}"
-    marked = {folder for folder in {posixpath.dirname(file.path) for file in files if file.day} if _is_marked(files[0], folder)}
+    marked = {
+        folder
+        for folder in {posixpath.dirname(file.path) for file in files if file.day}
+        if _is_marked(files[0], folder)
+    }
     unmarked = sorted({posixpath.dirname(file.path) for file in own} - marked)
     return f"{unmarked[0]} has no {MARKER} yet, and other days have one" if marked and unmarked else None
 

@@ -168,7 +168,22 @@ def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
 
     Raises BusyError where they are not there yet, ValueError where they did not come.
     """
-    return True
+    from components.data.arrivals import missing
+    from components.data.ingest import IngestConfig
+
+    params = day.root / "params.yaml"
+    config = load(params, "run", RunConfig)
+    reason = missing(load(params, "ingest", IngestConfig), day.date)
+    if reason is None:
+        return True
+    if waited < config.wait_hours:
+        raise BusyError(f"{day}: {reason}")
+    if config.when_missing == "fail":
+        raise ValueError(
+            f"{day}: {reason}, after {waited:g} hours. Deliver it and run the day again, or set run.when_missing: go_on"
+        )
+    say(f"{day}: {reason}, after {waited:g} hours; the run goes on without it (run.when_missing is go_on)")
+    return False
 
 
 def stage(day: Day, name: str, say: Say = to_stderr) -> Outcome:
@@ -230,10 +245,22 @@ def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:
         "reasons": decision["reasons"],
         "auc": aucs.get(decision["model"]) or max(aucs.values(), default=None),
         "rows": source["impressions"],
-        "late": source.get("late", source["rows"].get("later", 0)),
+        "late": late(day),
         "hashes": {out["path"]: out["md5"] for stage in lock.values() for out in stage.get("outs", ())},
         "airflow_run": os.environ.get("AIRFLOW_CTX_DAG_RUN_ID"),
     }
+
+
+def late(day: Day) -> int:
+    """How many rows of earlier days arrived on this day; 0 where the source does not say when rows arrive."""
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+
+    events = ds.dataset(day.worktree / "data/canonical/events")
+    if "created_at" not in events.schema.names:
+        return 0
+    begun = day.until - timedelta(days=1)
+    return events.count_rows((pc.field("created_at") >= begun) & (pc.field("timestamp") < begun))
 
 
 def _tag(day: Day, commit: str, facts: dict[str, Any], say: Say) -> None:

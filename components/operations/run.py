@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from graphlib import TopologicalSorter
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.text import Text
 from components.common import pipeline, threads
 from components.common.artifacts import write_json
 from components.common.causes import BusyError, StepError
-from components.common.config import load, parse_time, section
+from components.common.config import load, parse_time
 from components.operations import day as step
 from components.operations.day import Day, RunConfig
 from components.operations.repro import Outcome
@@ -72,7 +72,7 @@ def one(day: Day, promote: str | None, console: Console) -> Row:
     """All steps of a day, in their order. The row is also in .runs/reports/DAY.json."""
     config = load(day.root / "params.yaml", "run", RunConfig)
     say = _printer(console)
-    begun, before, own = time.monotonic(), disk([cache(day.root)]), 0.0
+    begun, before, own = monotonic(), disk([cache(day.root)]), 0.0
     with day.locked(f"`run` since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"):
         with _told("worktree", console):
             step.open_(day, say)
@@ -89,7 +89,7 @@ def one(day: Day, promote: str | None, console: Console) -> Row:
     row = Row(
         day=str(day), rows=facts["rows"], late=facts["late"], verdict=_verdict(facts), auc=facts["auc"],
         champion=shipped.get("champion") or "", promoted=shipped["promoted"],
-        seconds=time.monotonic() - begun - waited, overhead=time.monotonic() - begun - waited - own,
+        seconds=monotonic() - begun - waited, overhead=monotonic() - begun - waited - own,
         mib=disk([cache(day.root)]) - before,
     )  # fmt: skip
     write_json(day.page.with_suffix(".json"), asdict(row))
@@ -108,19 +108,19 @@ def order(day: Day) -> list[str]:
 
 def await_(day: Day, config: RunConfig, say: step.Say) -> float:
     """Wait for the day's raw files. Returns the seconds that it took. Raises ValueError where they did not come."""
-    begun = time.monotonic()
+    begun = monotonic()
     told = ""
     while True:
-        waited = time.monotonic() - begun
+        waited = monotonic() - begun
         try:
             step.ready(day, waited / 3600, say)
         except BusyError as error:
             if str(error) != told:
                 told = str(error)
                 say(f"{told}; this run waits up to {config.wait_hours:g} hours")
-            time.sleep(min(POLL_SECONDS, max(0.0, config.wait_hours * 3600 - waited)) + 0.1)
+            sleep(min(POLL_SECONDS, max(0.0, config.wait_hours * 3600 - waited)) + 0.1)
         else:
-            return time.monotonic() - begun if told else 0.0
+            return monotonic() - begun if told else 0.0
 
 
 def _stage(day: Day, name: str, console: Console) -> Outcome:
@@ -148,9 +148,9 @@ def _stage(day: Day, name: str, console: Console) -> Outcome:
 @contextmanager
 def _told(name: str, console: Console) -> Iterator[list[str]]:
     """A line for a step: its name, seconds and how it went."""
-    begun, note = time.monotonic(), list[str]()
+    begun, note = monotonic(), list[str]()
     yield note
-    console.print(f"{name:<16}{time.monotonic() - begun:7.1f} s  {' '.join(note)}", markup=False)
+    console.print(f"{name:<16}{monotonic() - begun:7.1f} s  {' '.join(note)}", markup=False)
 
 
 def _printer(console: Console) -> step.Say:
@@ -207,13 +207,16 @@ def several(root: Path, first: Day, last: Day, jobs: int, promote: str | None, c
 
 def newest(root: Path) -> Day:
     """The day that ends at ingest.until; where it is null, the newest whole day of the source."""
-    until = section(root / "params.yaml", "ingest")["until"]
-    if until is None:
-        raise ValueError("ingest.until is null; name the day: python -m components run 2026-01-11")
-    end = parse_time("ingest.until", until)
-    if (end.hour, end.minute, end.second) != (0, 0, 0):
-        raise ValueError(f"ingest.until is {until}, and no day ends there; name the day: python -m components run DAY")
-    return Day(root.resolve(), (end - timedelta(days=1)).date())
+    from components.data.arrivals import newest_day
+    from components.data.ingest import IngestConfig
+
+    config = load(root / "params.yaml", "ingest", IngestConfig)
+    if config.until is None:
+        return Day(root.resolve(), newest_day(config))
+    end = parse_time("ingest.until", config.until)
+    if end.time() != time.min:
+        raise ValueError(f"ingest.until is {end}, and no day ends there; name the day: python -m components run DAY")
+    return Day(root.resolve(), end.date() - timedelta(days=1))
 
 
 def table(rows: list[Row]) -> Table:

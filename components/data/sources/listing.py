@@ -109,7 +109,9 @@ def _of_tables(raw: str, config: FilesConfig, window: Window) -> tuple[list[File
     for table, path in (paths | {f"vectors.{name}": path for name, path in config.vectors.items()}).items():
         if path is None:
             continue
-        found = [file for one in (path.values() if isinstance(path, dict) else [path]) for file in find(raw, table, one)]
+        found = [
+            file for one in (path.values() if isinstance(path, dict) else [path]) for file in find(raw, table, one)
+        ]
         every += found
         wanted += needed(table, found, window)
         if table == "items" and config.items.columns.get("image", "image") in found[-1].columns():
