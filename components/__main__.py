@@ -43,6 +43,7 @@ STAGES = pipeline.read().commands()
 
 # What a stage's `run` takes beside its configs. The parameter's name is the option's.
 FILES = {
+    "arrivals": "arrivals.json, as `arrivals` writes it: the raw files that are read.",
     "canonical": "The canonical data, as `ingest` writes it.",
     "validation": "report.json, as `validate` writes it; the data must have passed.",
     "docs": "Where Great Expectations' Data Docs go.",
