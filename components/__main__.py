@@ -43,6 +43,7 @@ STAGES = pipeline.read().commands()
 
 # What a stage's `run` takes beside its configs. The parameter's name is the option's.
 FILES = {
+    "arrivals": "arrivals.json, as `arrivals` writes it: the raw files that are read.",
     "canonical": "The canonical data, as `ingest` writes it.",
     "validation": "report.json, as `validate` writes it; the data must have passed.",
     "docs": "Where Great Expectations' Data Docs go.",
@@ -52,6 +53,7 @@ FILES = {
     "dataset": "The training set, as `dataset` writes it.",
     "pointer": "champion.json, which names the version that serves now.",
     "champion": "That version's checkpoint, as `champion` writes it.",
+    "starts": "The folder that holds what the training of each model begins from.",
     "weights": "What training begins from, as `start` writes it for the model.",
     "checkpoint": "A checkpoint's folder.",
     "checkpoints": "The folder that holds a checkpoint folder for each model.",

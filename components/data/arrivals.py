@@ -9,6 +9,7 @@ What was there at an earlier listing is no property of the files, so late files 
 from __future__ import annotations
 
 import posixpath
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,17 @@ def newest_day(config: IngestConfig) -> date:
 
 def newest_event(config: IngestConfig) -> datetime:
     """The time of the newest event that is not later than now. Raises ValueError where the source has no times."""
-    events = sources.read(config.source, config.raw, config.settings(), Window()).events
-    times = events["timestamp"]
-    newest = pc.max(times.filter(pc.less_equal(times, datetime.now(UTC)))).as_py()
-    if set(HISTORY) <= set(events.column_names) or newest is None:
+    settings = config.settings()
+    if isinstance(settings, FilesConfig):  # its features and other tables say nothing of times
+        events = replace(settings.events, categorical=[], numeric=[])
+        none = replace(events, path=None, columns={})
+        settings = replace(settings, events=events, users=none, items=none, vectors={})
+    rows = sources.read(config.source, config.raw, settings, Window()).events
+    times = rows["timestamp"]
+    newest: datetime | None = pc.max(times.filter(pc.less_equal(times, datetime.now(UTC)))).as_py()
+    if set(HISTORY) <= set(rows.column_names) or newest is None:
         raise ValueError(f"{config.source} has no times, so it has no days; run `dvc repro` instead")
-    return newest  # type: ignore[no-any-return]
+    return newest
 
 
 def _events(config: IngestConfig) -> list[File]:
@@ -118,18 +124,15 @@ def _events(config: IngestConfig) -> list[File]:
 
 
 def _missing_files(files: list[File], day: date) -> str | None:
-    own = [file for file in files if file.day == day]
-    if not own:
-        newest = max(file.day for file in files if file.day)
-        return f"there is no file of {day}; the newest files are of {newest}"
-    marked = {
-        folder
-        for folder in {posixpath.dirname(file.path) for file in files if file.day}
-        if _is_marked(files[0], folder)
-    }
-    unmarked = sorted({posixpath.dirname(file.path) for file in own} - marked)
-    return f"{unmarked[0]} has no {MARKER} yet, and other days have one" if marked and unmarked else None
-
-
-def _is_marked(file: File, folder: str) -> bool:
-    return bool(file.system.exists(f"{folder}/{MARKER}"))
+    folders: dict[date, set[str]] = {}
+    for file in files:
+        if file.day:
+            folders.setdefault(file.day, set()).add(posixpath.dirname(file.path))
+    if day not in folders:
+        return f"there is no file of {day}; the newest files are of {max(folders)}"
+    system = files[0].system
+    unmarked = sorted(folder for folder in folders[day] if not system.exists(f"{folder}/{MARKER}"))
+    others = set[str]().union(*folders.values()) - folders[day]
+    if unmarked and any(system.exists(f"{folder}/{MARKER}") for folder in others):
+        return f"{unmarked[0]} has no {MARKER} yet, and other days have one"
+    return None

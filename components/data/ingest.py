@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from components.common.artifacts import new_folder, write_json
+from components.common.artifacts import new_folder, read_json, write_json
 from components.common.config import parse_time
 from components.common.contracts import (
     EVENTS,
@@ -43,6 +43,7 @@ from components.common.contracts import (
 from components.data import pictures, sources
 from components.data.revisions import OUTSIDE, UNKNOWN_YET, settle, unusual_days
 from components.data.sources import RawTables, Window, brief
+from components.data.sources.listing import listing
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
@@ -117,10 +118,15 @@ class IngestConfig:
         return {"simulator": self.simulator, "files": self.files}.get(self.source)
 
 
-def run(config: IngestConfig, output: Path) -> dict[str, Any]:
-    """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`)."""
+def run(config: IngestConfig, output: Path, arrivals: Path | None = None) -> dict[str, Any]:
+    """Write the canonical folder, and print what became of the rows. Returns its facts (`source.json`).
+
+    With `arrivals`, raises ValueError where the files that were read are not those that it lists.
+    """
     window, first = config.window(), config.train_from()
     raw = sources.read(config.source, config.raw, config.settings(), window)
+    if arrivals is not None:
+        _require_listed(config, window, arrivals)
     read = len(raw.events) + sum(map(len, (*raw.rejected.values(), *raw.set_aside.values())))
     if raw.read not in (None, read):
         raise ValueError(
@@ -304,6 +310,17 @@ def show(ledger: dict[str, Any], days: dict[str, dict[str, int]]) -> None:
         for day, found in list(days.items())[-SHOWN:]:
             table.add_row(day, *(f"{found.get(name, 0):,}" for name in names))
         console.print(table)
+
+
+def _require_listed(config: IngestConfig, window: Window, arrivals: Path) -> None:
+    """Raises ValueError where files came, went or changed since `arrivals` was written."""
+    listed = {file["path"]: file["hash"] for file in read_json(arrivals, "arrivals")["files"]}
+    found = {file.path: file.hash for file in listing(config.source, config.raw, config.settings(), window).files}
+    if changed := sorted({path for path in {*listed, *found} if listed.get(path) != found.get(path)}):
+        raise ValueError(
+            f"ingest.raw: {len(changed)} file(s) came, went or changed while they were read, e.g. {changed[0]}; "
+            "run it again"
+        )
 
 
 def _require_histories(config: IngestConfig, raw: RawTables, events: pa.Table) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from colorama import colorama_text
 
 from components.common.artifacts import folder_hash, new_folder, read_json, sync, write_json
 from components.common.contracts import read_parquet
+from components.features import online
 from components.features.store import apply, check_online, feature_store, read_settings
 from components.features.views import ONLINE_VIEWS
 
@@ -60,25 +60,24 @@ def fill(
     facts = read_json(features / "receipt.json", "features")
     until = datetime.fromisoformat(facts["known_until"])
     settings = read_settings(repo)
-    online, name = settings["online_store"], settings["project"]
+    kind, name = settings["online_store"], settings["project"]
     own = {
-        "project": name if online["type"] == "sqlite" else f"{name}_{secrets.token_hex(6)}",
+        "project": name if kind["type"] == "sqlite" else f"{name}_{secrets.token_hex(6)}",
         "provider": "local",
         "registry": {"path": "registry.db"},
         "offline_store": {"type": "duckdb"},
-        "online_store": {"type": "sqlite", "path": "online.db"} if online["type"] == "sqlite" else online,
+        "online_store": kind | ({"path": "online.db"} if kind["type"] == "sqlite" else {}),
         "entity_key_serialization_version": settings["entity_key_serialization_version"],
     }  # fmt: skip
     with new_folder(store) as folder, tempfile.TemporaryDirectory(prefix="clickloop-publish-") as scratch:
         sources = features if users is None else only(features, users, Path(scratch))
         (folder / SETTINGS).write_text(yaml.safe_dump(own, sort_keys=False))
-        placed = {"project": own["project"], "registry": str(folder / "registry.db"), "online_store": dict(online)}
-        if online["type"] == "sqlite":
+        placed = {"project": own["project"], "registry": str(folder / "registry.db"), "online_store": dict(kind)}
+        if kind["type"] == "sqlite":
             placed["online_store"]["path"] = str(folder / "online.db")
         with feature_store(repo, **placed) as opened:
             apply(opened, sources)
-            with colorama_text():
-                opened.materialize(datetime(1990, 1, 1, tzinfo=UTC), until, feature_views=list(ONLINE_VIEWS))
+            online.write(opened, sources / "sources", until)
             compared = check_online(opened, sources / "sources", config.online_sample, until)
             columns = {
                 name: [feature.name for feature in opened.get_feature_view(name).features] for name in ONLINE_VIEWS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,34 +11,35 @@ if TYPE_CHECKING:
     from dvc.api import DVCFileSystem
 
 
-def files(root: Path, revision: str) -> DVCFileSystem:
-    """The files of a commit, git's and DVC's."""
+@lru_cache(maxsize=2)
+def files(root: Path, commit: str) -> DVCFileSystem:
+    """The files of a commit, git's and DVC's. The commit's full hash: what is kept here must stay the same."""
     from dvc.api import DVCFileSystem  # half a second
 
-    return DVCFileSystem(str(root), rev=revision)
+    return DVCFileSystem(str(root), rev=commit)
 
 
-def read(root: Path, revision: str, path: str) -> bytes:
+def read(root: Path, commit: str, path: str) -> bytes:
     """Raises ValueError where DVC does not have the file."""
     try:
-        return files(root, revision).cat_file(path)
+        return files(root, commit).cat_file(path)
     except Exception as error:  # DVC raises a dozen kinds
-        raise _gone(revision, path, error) from error
+        raise _gone(commit, path, error) from error
 
 
-def get(root: Path, revision: str, path: str, folder: Path) -> None:
+def get(root: Path, commit: str, path: str, folder: Path) -> None:
     """Copy a file or a folder of a commit to `folder`. Raises ValueError where DVC does not have all of it."""
     try:
-        files(root, revision).get(path, str(folder), recursive=True)
+        files(root, commit).get(path, str(folder), recursive=True)
     except Exception as error:
-        raise _gone(revision, path, error) from error
+        raise _gone(commit, path, error) from error
 
 
-def not_pushed(root: Path, revision: str, paths: Iterable[str]) -> list[str]:
+def not_pushed(root: Path, commit: str, paths: Iterable[str]) -> list[str]:
     """Those of the outputs at a commit whose bytes are not all on DVC's default remote."""
     from dvc.repo import Repo
 
-    with Repo(str(root), rev=revision) as repo:
+    with Repo(str(root), rev=commit) as repo:
         return [path for path in paths if _lacks(repo, path)]
 
 
@@ -54,5 +56,5 @@ def _lacks(repo: object, path: str) -> bool:
     return bool(status.new or status.missing)
 
 
-def _gone(revision: str, path: str, error: Exception) -> ValueError:
-    return ValueError(f"DVC cannot give {path} at {revision}: {error}. Run `dvc fetch --all-tags {path}`")
+def _gone(commit: str, path: str, error: Exception) -> ValueError:
+    return ValueError(f"DVC cannot give {path} at {commit}: {error}. Run `dvc fetch --all-tags {path}`")

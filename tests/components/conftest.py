@@ -6,7 +6,10 @@ A user has a taste (some users: none known), an item a kind; a click is likely w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from components.common.dataset import UNSEEN, encode_column
 from components.features.dataset import unseen
 from models.encoder import save_encoder
 from models.schema import SPECIAL, Catalog, Encoder, Feature, Schema, schema_hash
+from tests.parts import need
 
 TASTES = ("jazz", "folk", "rock", "pop")
 TAGS = ("live", "mono", "slow", "solo", "vocal")
@@ -210,3 +214,29 @@ def dropless() -> dict[str, dict[str, Any]]:
     """The networks without dropout: what they learn hangs on no mask."""
     rates = {"qin": ("dropout",), "sdcnv3": ("deep_dropout", "shallow_dropout")}
     return {model: network | dict.fromkeys(rates[model], 0.0) for model, network in NETWORKS.items()}
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a Redis of these tests' own."""
+    need("redis")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path_factory.mktemp("redis"))]
+    server = subprocess.Popen(["redis-server", *words], stdout=subprocess.DEVNULL)
+    try:
+        import redis
+
+        with redis.Redis(port=port) as client:
+            while True:
+                try:
+                    client.ping()
+                    break
+                except redis.ConnectionError:
+                    assert server.poll() is None, "redis-server ended"
+                    time.sleep(0.05)
+        yield f"localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import posixpath
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,6 @@ import fsspec
 from components.common.artifacts import new_file
 from components.data.sources import Window
 from components.data.sources.mapping import FilesConfig
-from components.data.sources.partitions import is_needed
 from components.data.sources.reading import File, find
 from components.data.sources.tables import needed
 
@@ -69,27 +66,23 @@ def listing(source: str, raw: str, settings: Any, window: Window, memory: Path |
     else:
         every = wanted = _below(raw)
     memory = memory or remembered_hashes()
-    known: dict[str, list[Any]] = _read(memory)
+    known = _read(memory)
     with ThreadPoolExecutor() as pool:
         hashed = list(pool.map(partial(_hashed, known), wanted))
+    days = {entry["day"] for entry in known.values()} - {None}
     root = fsspec.core.url_to_fs(raw)[1].rstrip("/") + "/"
-    listed = {
-        file: Listed(
-            file.path.removeprefix(root) if file.path.startswith(root) else file.name,
-            file.day and str(file.day), size, digest,
-        )
-        for file, (size, digest, _) in zip(wanted, hashed, strict=True)
-    }  # fmt: skip
-    days = {entry[-1] for entry in known.values()}
-    late = [
-        one for file, one in listed.items()
-        if one.day in days - {None} and known.get(file.name, [None] * 3)[-2] != one.hash
-    ]  # fmt: skip
-    new = {file.name: [*key, listed[file].hash, listed[file].day] for file, (_, _, key) in zip(wanted, hashed) if key}
+    files, late, new = [], [], {}
+    for file, (size, digest, key) in zip(wanted, hashed, strict=True):
+        path = file.path.removeprefix(root) if file.path.startswith(root) else file.name
+        files.append(Listed(path, str(file.day) if file.day else None, size, digest))
+        if files[-1].day in days and known.get(file.name, {}).get("hash") != digest:
+            late.append(files[-1])
+        if key:
+            new[file.name] = {"key": key, "hash": digest, "day": files[-1].day}
     if any(known.get(name) != entry for name, entry in new.items()):
         with new_file(memory) as scratch:
             scratch.write_text(json.dumps(known | new))
-    return Listing(sorted(listed.values(), key=lambda one: one.path), len(every) - len(wanted), late)
+    return Listing(sorted(files, key=lambda one: one.path), len(every) - len(wanted), late)
 
 
 def remembered_hashes() -> Path:
@@ -126,15 +119,16 @@ def _below(raw: str) -> list[File]:
     return [File(system, path) for path in sorted(system.find(root))]
 
 
-def _read(memory: Path) -> dict[str, list[Any]]:
+def _read(memory: Path) -> dict[str, dict[str, Any]]:
+    """File -> the hash of its content, what that is remembered by, and the file's day."""
     try:
-        found: dict[str, list[Any]] = json.loads(memory.read_text())
+        found: dict[str, dict[str, Any]] = json.loads(memory.read_text())
     except (OSError, ValueError):  # there is none yet, or it was spoilt: the files are read again
         return {}
     return found
 
 
-def _hashed(known: dict[str, list[Any]], file: File) -> tuple[int, str, list[Any] | None]:
+def _hashed(known: dict[str, dict[str, Any]], file: File) -> tuple[int, str, list[Any] | None]:
     """Size and hash, and what the hash is remembered by, or None. Raises ValueError where the file has gone."""
     try:
         if "file" not in file.system.protocol:
@@ -142,11 +136,12 @@ def _hashed(known: dict[str, list[Any]], file: File) -> tuple[int, str, list[Any
             told = next((str(info[name]) for name in CHECKSUMS if info.get(name)), None)
             digest = told or str(file.system.checksum(file.path))
             return int(info.get("size") or 0), digest, [digest]
-        state = os.stat(file.path)
+        local = Path(file.path)
+        state = local.stat()
         key = [state.st_size, state.st_mtime_ns, state.st_ino]
-        if (entry := known.get(file.name)) and entry[:-2] == key:
-            return state.st_size, entry[-2], key
-        with open(file.path, "rb") as opened:
+        if (entry := known.get(file.name)) and entry["key"] == key:
+            return state.st_size, str(entry["hash"]), key
+        with local.open("rb") as opened:
             digest = hashlib.file_digest(opened, partial(hashlib.blake2b, digest_size=16)).hexdigest()
     except OSError as error:
         raise ValueError(f"ingest.raw: {file.name} cannot be read: {error}. Run it again, or mend the file") from error

@@ -17,20 +17,9 @@ from components.common.live import current
 from components.release import registry, versions
 from components.training.champion import fetch
 from models.checkpoint import checkpoint_hash
-from tests.components.release.runs import ENVIRONMENT, PROJECT, close, commit, dvc, git, repository
+from tests.components.release.runs import PROJECT, close, commit, dvc, git
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone whose runs of 2026-01-10 and -11 are closed and pushed."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    root = repository(tmp_path / "clone")
-    close(root, "2026-01-10")
-    close(root, "2026-01-11")
-    return root
 
 
 def promote(root: Path, version: str, **words: Any) -> str:
@@ -98,7 +87,8 @@ def test_promote_and_roll_back(clone: Path) -> None:
     assert row["version"] == "v0.0.1"
 
 
-def test_the_judge_of_a_day_is_of_an_earlier_day(clone: Path) -> None:
+def test_the_judge_of_a_day_is_of_an_earlier_day(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clone)
     live = clone / ".live"
     promote(clone, "2026-01-10")
     promote(clone, "2026-01-11")

@@ -54,7 +54,8 @@ class Approved:
 
     def paths(self, name: str) -> dict[str, Path]:
         return {
-            "decision": self.root / "gate.json", "checkpoints": self.root / "checkpoints", "dataset": self.dataset,
+            "decision": self.root / "gate.json", "checkpoints": self.root / "checkpoints",
+            "starts": self.root / "starts", "dataset": self.dataset,
             "output": self.root / name / "refit", "shipped": self.root / name / "decision.json",
         }  # fmt: skip
 
