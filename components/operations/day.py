@@ -342,7 +342,14 @@ def ship(
 
 def publish(day: Day, say: Say) -> bool:
     """The day's features into what serves, if they are newer. Returns whether they went there."""
-    return False
+    from components.features import publish as features
+
+    config = load(day.root / "params.yaml", "publish", features.PublishConfig)
+    sources, repo = day.worktree / "data/features", day.worktree / "feature_repo"
+    done = features.publish(config, sources, repo, live(day), f"features of {day.tag}")
+    if done:
+        say(f"{day}: the features are published; {done.version or 'no model'} serves with them")
+    return done is not None
 
 
 def live(day: Day) -> Path:

@@ -67,9 +67,7 @@ def repro(worktree: Path, name: str, say: Say) -> Outcome:
             if not any(sign in said for sign in BUSY):
                 raise _reason(name, said, _json(note) if _noted(note) != before else {})
             if time.monotonic() - begun > LOCK_SECONDS:
-                raise BusyError(
-                    f"{name}: DVC's lock was not free for {LOCK_SECONDS // 60} minutes: {holders(worktree)}"
-                )
+                raise BusyError(f"{name}: DVC's lock is taken for {LOCK_SECONDS // 60} min: {holders(worktree)}")
             say(f"{name} waits for DVC's lock: {holders(worktree)}")
             time.sleep(POLL_SECONDS)
             for line in clear_stale(worktree):
@@ -84,8 +82,8 @@ def _dvc(worktree: Path, name: str, say: Say) -> tuple[int, str]:
     # --wait-for-lock: stages side by side take turns at DVC's first lock, and hold it for moments
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     process = subprocess.Popen(
-        command, cwd=worktree, env=environment() | {MARK: _mark(worktree, name)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
+        command, cwd=worktree, env=environment() | {MARK: _mark(worktree, name)}, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     lines = []
     try:
