@@ -52,6 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, value)
     root = tmp_path / "project"
     (root / "components").mkdir(parents=True)
+    (root / "components/__init__.py").touch()
     (root / "components/__main__.py").write_text(STEP)
     (root / "kind").write_text("good")
     (root / "dvc.yaml").write_text(
