@@ -76,7 +76,7 @@ class CtrRanker:
         self.version: str = facts["version"]
         self.max_candidates: int = facts["max_candidates"]
         self.scorer = Scorer(folder)
-        self.online = OnlineFeatures(feast_reader(os.environ.get("CLICKLOOP_FEATURE_REPO")), timeout=STORE_TIMEOUT)
+        self.online = OnlineFeatures(feast_reader(os.environ.get("CLICKLOOP_ONLINE")), timeout=STORE_TIMEOUT)
         # The port opens after __init__, so ready means that a full request was scored.
         item_ids = self.scorer.catalog.item_ids_I[-self.max_candidates :].tolist()
         warm = self.scorer.rank(0, item_ids, item_ids[:MAX_HISTORY], {}, {})

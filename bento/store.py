@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic, time
+from threading import Thread
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
 THREADS = 8
-AGAIN = 10.0  # seconds between two tries to open a store, while none is open
+LOOK = 0.25  # seconds between two looks where the path leads
+AGAIN = 10.0  # seconds between two tries to open a store that could not be opened: Redis may come up later
+RECEIPT = "receipt.json"  # of a store folder: what is written last
 logger = logging.getLogger("bentoml.clickloop")  # under BentoML's logger, so that the server shows it
 
 
@@ -65,87 +68,91 @@ class OnlineFeatures:
             return UserRow(reason="store_unavailable")
 
 
-def feast_reader(repo: str | None) -> Callable[[int], dict[str, Any]] | None:
-    """Reads the feature service `serving` of a Feast repo. None, and a line in the log, where there is no such repo.
+def feast_reader(path: str | None) -> Reader | None:
+    """Reads users from the store folder that a path names. None, and a line in the log, where no path is given."""
+    if path:
+        return Reader(path)
+    logger.warning("CLICKLOOP_ONLINE is not set: without an online store every answer is degraded")
+    return None
 
-    The stores are opened once they are whole: now, or at the first read after the stage `features` has ended. If it has
-    made them anew, the next read opens them; a server that kept the deleted files would serve the old rows for ever.
-    While the stage is at work, the old stores are read. A read raises where there is none.
+
+class Reader:
+    """user id -> feature name -> value, from the store folder that a path leads to, now and after every switch.
+
+    path  a folder that `publish` has filled, or a link to one, which may lead to another one at any time
+
+    A thread looks where the path leads. A new store is opened aside, and is read once it has answered. So no read waits
+    for a switch, and while the new store cannot be opened, the old one is read. A read raises where none is open.
     """
-    if not repo:
-        logger.warning("CLICKLOOP_FEATURE_REPO is not set: without an online store every answer is degraded")
-        return None
-    try:
-        files = store_files(repo)
-    except Exception:
-        logger.exception("CLICKLOOP_FEATURE_REPO=%s: no online store; every answer is degraded", repo)
-        return None
-    opened: _Opened | None = None
-    tried: tuple[Any, ...] | None = None
-    trying = threading.Lock()
 
-    def look() -> None:
-        nonlocal opened, tried
-        made = store_identity(files)  # before anything is read: a store made meanwhile is found at the next read
-        # a store that cannot be opened is not tried at every read; where none is open, Redis may come up later
-        attempt = (made, None if opened else monotonic() // AGAIN)
-        if made is None or attempt == tried or not trying.acquire(blocking=False):
-            return
-        try:
-            fresh = _Opened(repo)
-            opened, attempt = fresh, (made, None)
-            logger.info("online store: opened")
-        except Exception:
-            serves = "the old one is served" if opened else "every answer is degraded"
-            logger.exception("online store: cannot be opened; %s", serves)
-        finally:
-            tried = attempt
-            trying.release()
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).absolute()
+        self.opened: _Opened | None = None
+        self._failed: tuple[int, ...] | None = None
+        self._again = 0.0
+        if identity(self.path) is None:
+            logger.warning("online store: %s is no store yet; until it is one, answers are degraded", self.path)
+        self.look()
+        Thread(target=_watch, args=(weakref.ref(self),), name="online-store-switch", daemon=True).start()
 
-    def fetch(user_id: int) -> dict[str, Any]:
-        look()
-        if opened is None:
-            raise LookupError(f"no online store is open; run `dvc repro features` if {files[0]} is not there")
+    def __call__(self, user_id: int) -> dict[str, Any]:
+        if (opened := self.opened) is None:
+            raise LookupError(f"{self.path}: no online store is open")
         return opened.fetch(user_id)
 
-    look()
-    if store_identity(files) is None:
-        logger.warning("online store: opened once `features` has written %s; until then answers are degraded", files[0])
-    return fetch
+    def look(self) -> None:
+        """Open what the path leads to, if it is another store than the one that is open. Never raises."""
+        folder = self.path.resolve()
+        found = identity(folder)
+        if found is None or (self.opened and self.opened.identity == found):
+            return
+        if found == self._failed and monotonic() < self._again:
+            return
+        try:
+            self.opened = _Opened(folder, found)
+            logger.info("online store: opened %s", folder)
+        except Exception:  # whatever Feast or the store's client raises
+            self._failed, self._again = found, monotonic() + AGAIN
+            serves = "the old one is served" if self.opened else "every answer is degraded"
+            logger.exception("online store: %s cannot be opened; %s", folder, serves)
 
 
-def store_files(repo: str) -> list[Path]:
-    """The files that show which stores a repo has: receipt.json, which `features` writes last, the registry, and
-    SQLite's file. Their paths come from feature_store.yaml, because Feast would make the files that are missing."""
-    from feast.repo_config import load_repo_config  # seconds, so only a server that has a store pays for it
-
-    os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
-    if repo not in sys.path:
-        sys.path.append(repo)  # as Feast's own command does: feature_store.yaml names a class of asof.py
-    config = load_repo_config(Path(repo), Path(repo, "feature_store.yaml"))
-    registry = Path(repo, config.registry.path)
-    files = [registry.with_name("receipt.json"), registry]
-    if database := getattr(config.online_store, "path", None):
-        files.append(Path(repo, database))
-    return files
+def _watch(reader: weakref.ref[Reader]) -> None:
+    while True:
+        sleep(LOOK)
+        if (alive := reader()) is None:
+            return
+        alive.look()
+        del alive
 
 
-def store_identity(files: list[Path]) -> tuple[int, ...] | None:
-    """The files' identity; None where one is missing. A pushed click changes SQLite's file and does not replace it."""
+def identity(folder: Path) -> tuple[int, ...] | None:
+    """Of the receipt, which comes last and is never written again; None where there is none."""
     try:
-        return (files[0].stat().st_mtime_ns, *(file.stat().st_ino for file in files))
+        found = (folder / RECEIPT).stat()
     except OSError:
         return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 class _Opened:
-    """A Feast repo's stores, as they were when they were opened. Raises what Feast raises."""
+    """A store folder that has answered. Raises what Feast raises.
 
-    def __init__(self, repo: str) -> None:
-        from feast import FeatureStore
+    Its registry is read once, and SQLite keeps its file open: it answers also when the folder is gone.
+    """
 
-        self.store = FeatureStore(repo_path=repo)
-        self.store.config.registry.cache_ttl_seconds = 0  # for ever: the registry is not read again
+    def __init__(self, folder: Path, identity: tuple[int, ...]) -> None:
+        from feast import FeatureStore  # seconds, so only a server that has a store pays for it
+        from feast.repo_config import load_repo_config
+
+        self.identity = identity
+        os.environ.setdefault("CLICKLOOP_REDIS", "localhost:6379")  # feature_store.yaml may name it
+        config = load_repo_config(folder, folder / "feature_store.yaml")
+        for path in filter(None, (config.registry.path, getattr(config.online_store, "path", None))):
+            if not (folder / path).is_file():  # Feast would make it
+                raise FileNotFoundError(f"{folder / path} is not there")
+        self.store = FeatureStore(repo_path=str(folder))
+        self.store.config.registry.cache_ttl_seconds = 0  # for ever
         self.service = self.store.get_feature_service("serving")
         self.ttl = {
             feature.name: (self.store.get_feature_view(view.name).ttl or timedelta()).total_seconds()

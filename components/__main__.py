@@ -188,17 +188,17 @@ app.add_typer(commands.day, name="day", rich_help_panel=RUNS)
 
 
 @app.command(rich_help_panel=LIVE)
-def push(repo: Repo = Path("feature_repo"), params: Params = PARAMS) -> None:
+def push() -> None:
     """Clicks from standard input, a JSON object a line, into the histories that are served, while they arrive.
 
     Lines that are no click are set aside in .scratch/push/rejected.jsonl. A click that is delivered twice counts once.
-    If `features` makes the store anew meanwhile, the clicks after its newest event are pushed again.
+    No click is lost where a new store is published meanwhile, or where this command is killed and started again with
+    the same lines.
     """
-    from components.common.config import load
-    from components.features.views import FeaturesConfig
+    from components.common.live import live_folder
     from components.operations import push as step
 
-    step.run(load(params, "features", FeaturesConfig), repo)
+    step.run(live_folder())
 
 
 @app.command(rich_help_panel=REPORTS)

@@ -34,12 +34,12 @@ LEFT_RUNNING = 3  # the guard's exit code
 class Served:
     """`bentoml serve FOLDER` on a free loopback port, with a BENTOML_HOME of its own.
 
-    repo  a feature_repo folder; None serves without an online store
-    log   what the server prints, kept; an error shows the end of it
+    online  a store folder, or a link to one; None serves without an online store
+    log     what the server prints, kept; an error shows the end of it
     """
 
-    def __init__(self, bento: Path, repo: Path | None, log: Path) -> None:
-        self.bento, self.repo, self.log = bento, repo, log
+    def __init__(self, bento: Path, online: Path | None, log: Path) -> None:
+        self.bento, self.online, self.log = bento, online, log
         self.ready_seconds = 0.0
 
     @contextmanager
@@ -47,9 +47,9 @@ class Served:
         """Ready inside the block. Raises ValueError where it does not get ready, or does not stop by itself."""
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        env = {k: v for k, v in os.environ.items() if k != "CLICKLOOP_FEATURE_REPO"}
-        if self.repo is not None:
-            env["CLICKLOOP_FEATURE_REPO"] = str(self.repo.resolve())
+        env = {k: v for k, v in os.environ.items() if k != "CLICKLOOP_ONLINE"}
+        if self.online is not None:
+            env["CLICKLOOP_ONLINE"] = str(self.online.absolute())
         server = [sys.executable, "-m", "bentoml", "serve", str(self.bento.resolve()), "--port", str(port)]
         # -P: the modules beside this file must not hide those of the standard library
         command = [sys.executable, "-P", __file__, *server]

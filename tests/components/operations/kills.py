@@ -17,7 +17,7 @@ import psutil
 if TYPE_CHECKING:
     from tests.conftest import Project
 
-# A git that kills the command which called it, at one of git's own commands: before its end, or right after it.
+# A git that kills the command which called it, at one of git's own commands: before its end or after it.
 GIT = """#!/bin/sh
 case "$*" in
 *"$KILL_AT"*)
@@ -136,7 +136,7 @@ def with_remote_gone(project: Project, act: Callable[[], None]) -> None:
 
 
 def with_full_disk(folder: Path, act: Callable[[], None], size: str = "256k") -> None:
-    """Act while `folder` is a small file system of its own. Raises GoneError where this machine refuses to mount one."""
+    """Act while `folder` is a small file system of its own. Raises GoneError where mounts are refused."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
