@@ -23,6 +23,7 @@ def run(config: FeaturesConfig, canonical: Path, validation: Path, embedding: Pa
             "rows": {name: pq.ParquetFile(folder / "sources" / f"{name}.parquet").metadata.num_rows for name in VIEWS},
             "clicks": pq.ParquetFile(folder / "click_log.parquet").metadata.num_rows,
             "until": read_json(canonical / "source.json", "ingest")["until"] or log_until.isoformat(),
+            "history_length": config.history_length,
             "log_until": log_until.isoformat(),
             "known_until": known_until.isoformat(),
             "embedding_version": read_json(embedding / "fit.json", "embed")["version"],
