@@ -48,7 +48,7 @@ FILES = {
     "validation": "report.json, as `validate` writes it; the data must have passed.",
     "docs": "Where Great Expectations' Data Docs go.",
     "embedding": "The item vectors, as `embed` writes them.",
-    "features": "Feast's sources and stores, as `features` writes them.",
+    "features": "The tables of Feast's views, as `features` writes them.",
     "repo": "The Feast repo's folder.",
     "dataset": "The training set, as `dataset` writes it.",
     "pointer": "champion.json, which names the version that serves now.",
@@ -198,6 +198,23 @@ def push() -> None:
     from components.operations import push as step
 
     step.run(live_folder())
+
+
+@app.command(rich_help_panel=LIVE)
+def publish(
+    features: Features = Path("data/features"), repo: Repo = Path("feature_repo"), params: Params = PARAMS
+) -> None:
+    """The newest features into what serves: a new online store, whole, with the clicks that were pushed; then a switch.
+
+    Nothing is trained, and the model stays. What serves newer data, or the same, is left alone.
+    """
+    from components.common.config import load
+    from components.common.live import live_folder
+    from components.features import publish as step
+
+    config = load(params, "publish", step.PublishConfig)
+    if deployed := step.publish(config, features, repo, live_folder(), "publish"):
+        console.print(f"{deployed.store.name} serves" if deployed.store else "")
 
 
 @app.command(rich_help_panel=REPORTS)
