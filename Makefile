@@ -29,7 +29,7 @@ export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
 
 PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
 
-.PHONY: help demo test docs bench bench-gpu serve airflow repro report promote lint lock clean
+.PHONY: help demo test docs bench bench-gpu serve airflow repro report lint lock clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z./]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,11 +60,8 @@ repro: .venv  ## run what changed
 report: .venv  ## the last run's tables, and its page
 	python -m components report
 
-serve: .venv  ## the approved Bento on http://127.0.0.1:3000
-	bentoml serve $(CURDIR)/artifacts/package/bento
-
-promote: .venv  ## make the packaged model the champion (git tags)
-	python -m components promote
+serve: .venv  ## the champion on http://127.0.0.1:3000 (BENTOML_HOST, BENTOML_PORT)
+	python -m components serve
 
 airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (Ctrl-C stops it)
 	python -m components airflow

@@ -53,6 +53,7 @@ FILES = {
     "dataset": "The training set, as `dataset` writes it.",
     "pointer": "champion.json, which names the version that serves now.",
     "champion": "That version's checkpoint, as `champion` writes it.",
+    "starts": "The folder that holds what the training of each model begins from.",
     "weights": "What training begins from, as `start` writes it for the model.",
     "checkpoint": "A checkpoint's folder.",
     "checkpoints": "The folder that holds a checkpoint folder for each model.",

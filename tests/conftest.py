@@ -123,28 +123,28 @@ def new_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pro
     that a test is about to see them run.
     """
     cache = tmp_path_factory.mktemp("dvc-cache")
+    return lambda name: copy_project(tmp_path_factory.mktemp(name) / "project", cache)
 
-    def make(name: str) -> Project:
-        root = tmp_path_factory.mktemp(name) / "project"
-        project = Project(root, environment(root))
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=SOURCE, env=project.env, check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        for path in filter(None, listed.stdout.split("\0")):
-            if (SOURCE / path).is_file():  # a tracked file may be deleted in the work tree
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(SOURCE / path, root / path)
-        (root / "champion.json").write_text('{"version": null}\n')  # the real one's tags are not copied
-        (root / "dvc.lock").unlink(missing_ok=True)
-        project.set_params(TINY)
-        subprocess.run(["git", "init", "-q", "-b", "main"], cwd=root, env=project.env, check=True)
-        project.python("-m", "dvc", "cache", "dir", "--local", str(cache))
-        subprocess.run(["git", "add", "-A"], cwd=root, env=project.env, check=True)
-        subprocess.run(["git", "commit", "-q", "-m", "copy"], cwd=root, env=project.env, check=True)
-        return project
 
-    return make
+def copy_project(root: Path, cache: Path, values: dict[str, Any] | None = None) -> Project:
+    """This project in a new folder, with the tiny world, or `values` over it, and DVC's cache in another one."""
+    project = Project(root, environment(root))
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=SOURCE, env=project.env, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    for path in filter(None, listed.stdout.split("\0")):
+        if (SOURCE / path).is_file():  # a tracked file may be deleted in the work tree
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(SOURCE / path, root / path)
+    (root / "champion.json").write_text('{"version": null}\n')  # the real one's tags are not copied
+    (root / "dvc.lock").unlink(missing_ok=True)
+    project.set_params(TINY | (values or {}))
+    subprocess.run(["git", "init", "-q", "-b", "main"], cwd=root, env=project.env, check=True)
+    project.python("-m", "dvc", "cache", "dir", "--local", str(cache))
+    subprocess.run(["git", "add", "-A"], cwd=root, env=project.env, check=True)
+    subprocess.run(["git", "commit", "-q", "-m", "copy"], cwd=root, env=project.env, check=True)
+    return project
 
 
 def environment(root: Path) -> dict[str, str]:

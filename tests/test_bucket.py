@@ -71,6 +71,7 @@ def project(bucket: Any, new_project: Callable[[str], Project]) -> Project:
         }
     )
     project.python("-m", "components", "use", "files", "--raw", "s3://clicks/raw")
+    project.set_params({"ingest.until": "2026-03-04T00:00:00+00:00"})
     return project
 
 
@@ -127,7 +128,7 @@ def test_what_is_pushed_to_a_bucket_can_be_pulled(project: Project) -> None:
 
 
 def test_what_the_bucket_does_not_have(project: Project) -> None:
-    words = ("-m", "components", "ingest", "--output", "data/other")
+    words = ("-m", "components", "ingest", "--arrivals", "data/arrivals.json", "--output", "data/other")
     project.set_params({"ingest.raw": "s3://clicks/elsewhere"})
     said = " ".join(project.python(*words, code=1).split())
     assert "ingest.files.events: no file at s3://clicks/elsewhere/events/*.parquet; mend" in said

@@ -25,7 +25,6 @@ import yaml
 
 from components.common.artifacts import folder_hash
 from components.common.champion import read_pointer
-from components.release import registry
 from components.training.champion import fetch
 from models.checkpoint import checkpoint_hash
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STAGES = {
-    "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
+    "arrivals", "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
     "evaluate@qin", "evaluate@sdcnv3", "gate", "refit", "package", "smoke",
 }  # fmt: skip
 JUDGED = {"gate.max_auc_loss": 1.0, "gate.max_slice_auc_loss": 1.0}  # models of one epoch differ by more than luck
@@ -115,8 +114,7 @@ def test_one_command_runs_every_stage(project) -> None:
 def test_a_second_run_runs_nothing(project) -> None:
     before = (project.root / "dvc.lock").read_bytes()
     said = dvc(project, "repro")
-    assert ran(said) == set()
-    assert "up to date" in said
+    assert ran(said) == {"arrivals"}  # which looks whether the raw files are the same
     assert (project.root / "dvc.lock").read_bytes() == before
 
 
@@ -233,40 +231,15 @@ def test_a_killed_run_is_finished_by_the_next(project) -> None:
 # ---- the champion -----------------------------------------------------------------------------------------------
 
 
-def promote(project: Project, **files: Path) -> str:
-    """In this process, in the project's folder."""
-    package, smoke = project.root / "artifacts/package", project.root / "artifacts/smoke/smoke.json"
-    return registry.promote(files.get("package", package), files.get("smoke", smoke), project.root / "champion.json")
-
-
-def test_promotion_refuses_what_was_not_approved_tested_or_committed(project, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(project.root)
-    package, smoke = read(project, "artifacts/package/package.json"), read(project, "artifacts/smoke/smoke.json")
-    (tmp_path / "package").mkdir()
-    file = tmp_path / "package" / "package.json"
-
-    file.write_text(json.dumps({"built": False, "reason": ["auc 0.5 is not >= 0.6"]}))
-    with pytest.raises(ValueError, match=r"the gate rejected, nothing was built: auc 0\.5 is not >= 0\.6"):
-        promote(project, package=file.parent)
-    for bad in ({**smoke, "passed": False}, {**smoke, "tag": "ctr-ranker:old"}, {"served": False, "reason": []}):
-        (tmp_path / "smoke.json").write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match=rf"{package['tag']} has not passed the smoke test; run `dvc repro smoke`"):
-            promote(project, smoke=tmp_path / "smoke.json")
-    file.write_text(json.dumps({**package, "checkpoint_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match=r"DVC holds checkpoint \w+ at HEAD, .*`dvc repro` and commit"):
-        promote(project, package=file.parent)
-    lock = project.root / "dvc.lock"
-    committed = lock.read_text()
-    lock.write_text(committed + "# edited\n")
-    try:
-        with pytest.raises(ValueError, match=r"the run is not committed.*git add dvc\.lock"):
-            promote(project)
-    finally:
-        lock.write_text(committed)
-    with pytest.raises(ValueError, match="there is no champion yet"):
-        registry.rollback("v0.0.1", project.root / "champion.json")
-    assert git(project, "tag") == ""
-    assert read(project, "champion.json") == {"version": None}
+def promoted(project: Project, run: str) -> dict[str, Any]:
+    """Close the run that lies in the work tree, promote it, and let the work tree be judged against it. Its pointer."""
+    git(project, "tag", "-m", "{}", f"run/{run}")
+    dvc(project, "push")
+    said = project.python("-m", "components", "registry", "promote", run, "--why", "test")
+    assert "is the champion and serves" in said
+    assert git(project, "status", "--porcelain") == ""  # a promotion changes nothing in the work tree
+    project.python("-m", "components", "registry", "pin")
+    return read(project, "champion.json")
 
 
 def bytes_of(pointer: Path) -> str:
@@ -285,17 +258,22 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
     first = read(project, "artifacts/gate/decision.json")
     chosen, other = first["model"], ({"qin", "sdcnv3"} - {first["model"]}).pop()
 
-    assert "ctr-ranker v0.0.1" in project.python("-m", "components", "promote")
-    assert set(git(project, "tag").split()) == {"ctr-ranker@v0.0.1", "ctr-ranker#champion#1"}
-    assert git(project, "rev-parse", "ctr-ranker@v0.0.1^{commit}") == git(project, "rev-parse", "HEAD")
-    one = read(project, "champion.json")
+    said = project.python("-m", "components", "registry", "promote", "one", "--why", "test", code=1)
+    assert "no version 'one'; there are: none yet" in said and "Traceback" not in said
+    git(project, "tag", "-m", "{}", "run/one")
+    said = project.python("-m", "components", "registry", "promote", "one", "--why", "test", code=1)
+    assert "DVC's remote does not have artifacts/package, " in said and "dvc push" in said
+    git(project, "tag", "-d", "run/one", "ctr-ranker@v0.0.1")
+    before = git(project, "rev-parse", "HEAD")
+    one = promoted(project, "one")
+    assert git(project, "rev-parse", "ctr-ranker@v0.0.1^{commit}") == before
+    shipped = read(project, "artifacts/refit/decision.json")["shipped"]
     assert one == {
-        "name": "ctr-ranker", "version": "v0.0.1", "revision": "ctr-ranker@v0.0.1", "model": chosen,
-        "checkpoint_sha256": first["checkpoint_sha256"], "bento": tag,
+        "name": "ctr-ranker", "version": "v0.0.1", "revision": "ctr-ranker@v0.0.1", "day": "one", "model": chosen,
+        "checkpoint_sha256": shipped["checkpoint_sha256"], "judged_sha256": first["checkpoint_sha256"], "bento": tag,
+        "train_until": shipped["train_until"],
     }  # fmt: skip
-    commit(project, "v0.0.1 is the champion")
-    assert f"ctr-ranker v0.0.1 ({tag}) is the champion already" in project.python("-m", "components", "promote")
-    assert set(git(project, "tag").split()) == {"ctr-ranker@v0.0.1", "ctr-ranker#champion#1"}
+    commit(project, "judged against v0.0.1")
     assert ran(dvc(project, "repro", "train@qin", "train@sdcnv3")) == {
         "champion",
         "start",
@@ -317,27 +295,21 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
         assert rules["auc_loss"]["value"] == found["champion"]["test"]["auc"] - found["test"]["auc"]
         rows = pq.read_table(project.root / f"artifacts/evaluate/{model}/predictions.parquet")
         np.testing.assert_allclose(rows["champion_score"].to_numpy(), old, atol=1e-5)
-    assert checkpoint_hash(project.root / f"checkpoints/{chosen}") != one["checkpoint_sha256"]
-    assert bytes_of(pointer) == one["checkpoint_sha256"]  # by its tag, whatever lies in the work tree
+    assert checkpoint_hash(project.root / f"checkpoints/{chosen}") != one["judged_sha256"]
+    assert bytes_of(pointer) == one["judged_sha256"]  # by its tag, whatever lies in the work tree
 
     commit(project, "the second run")
-    assert "ctr-ranker v0.0.2" in project.python("-m", "components", "promote")
-    two = read(project, "champion.json")
-    assert (two["version"], two["checkpoint_sha256"]) == ("v0.0.2", second["checkpoint_sha256"])
-    assert two["checkpoint_sha256"] != one["checkpoint_sha256"]
-    assert bytes_of(pointer) == two["checkpoint_sha256"]
-    commit(project, "v0.0.2 is the champion")
+    two = promoted(project, "two")
+    assert (two["version"], two["judged_sha256"]) == ("v0.0.2", second["checkpoint_sha256"])
+    assert bytes_of(pointer) == two["judged_sha256"] != one["judged_sha256"]
+    commit(project, "judged against v0.0.2")
 
-    said = project.python("-m", "components", "rollback", "v7.0.0", code=1)
-    assert "no version 'v7.0.0' of ctr-ranker; there are v0.0.1, v0.0.2" in said
-    assert "Traceback" not in said
-    assert "ctr-ranker v0.0.1" in project.python("-m", "components", "rollback", "v0.0.1")
+    said = project.python("-m", "components", "registry", "rollback", "v0.0.1", "--why", "test")
+    assert "v0.0.1" in said and "the live store stays" in said
+    project.python("-m", "components", "registry", "pin", "v0.0.1")
     assert read(project, "champion.json") == one
-    assert bytes_of(pointer) == one["checkpoint_sha256"]
-    assert set(git(project, "tag").split()) >= {"ctr-ranker#champion#2", "ctr-ranker#champion#3"}
-    assert git(project, "rev-parse", "ctr-ranker#champion#3^{commit}") == git(
-        project, "rev-parse", "ctr-ranker@v0.0.1^{commit}"
-    )
+    assert bytes_of(pointer) == one["judged_sha256"]
+    assert {f"ctr-ranker#champion#{number}" for number in (1, 2, 3)} < set(git(project, "tag").split())
 
 
 def test_a_warm_start_goes_on_from_the_champion_that_dvc_brings_back(project) -> None:
@@ -358,8 +330,8 @@ def test_other_bytes_than_the_champions_are_refused(project, monkeypatch, tmp_pa
     monkeypatch.chdir(project.root)
     champion = read_pointer(project.root / "champion.json")
     assert champion is not None
-    with pytest.raises(ValueError, match=rf"v0\.0\.1: DVC holds checkpoint {champion['checkpoint_sha256']} at"):
-        fetch(champion | {"checkpoint_sha256": "0" * 64}, tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"v0\.0\.1: DVC holds checkpoint {champion['judged_sha256']} at"):
+        fetch(champion | {"judged_sha256": "0" * 64}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"DVC cannot give its checkpoint at ctr-ranker@v9: .*dvc fetch --all-tags"):
         fetch(champion | {"revision": "ctr-ranker@v9"}, tmp_path / "none")
     # the cache lost it, and no remote has it: told, and no half of a folder is used

@@ -63,11 +63,11 @@ def to_stderr(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """promote         auto: an approved model becomes the champion. ask: a person is asked first. never: it becomes a
-                    version, and no more
+    """promote         auto: an approved model becomes the champion. ask: a person is asked first. never: it only
+                    becomes a version
     wait_hours      a run waits this long for raw files of its day that are not there yet
     when_missing    and then: fail, or go_on without them
-    keep_runs       tags of the newest runs that are kept, with their data; versions are kept for ever
+    keep_runs       tags of the newest runs that are kept, with their data; versions are always kept
     keep_worktrees  worktrees of ended runs that are kept
     """
 
@@ -342,7 +342,14 @@ def ship(
 
 def publish(day: Day, say: Say) -> bool:
     """The day's features into what serves, if they are newer. Returns whether they went there."""
-    return False
+    from components.features import publish as features
+
+    config = load(day.root / "params.yaml", "publish", features.PublishConfig)
+    sources, repo = day.worktree / "data/features", day.worktree / "feature_repo"
+    done = features.publish(config, sources, repo, live(day), f"features of {day.tag}")
+    if done:
+        say(f"{day}: the features are published; {done.version or 'no model'} serves with them")
+    return done is not None
 
 
 def live(day: Day) -> Path:

@@ -8,13 +8,12 @@ process works, up to a bound, and a lock that nobody holds any more is told and 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from components.operations.locks import hold
 from components.operations.worktree import environment
 
 LOCK_SECONDS = 1800  # what a stage waits for a DVC that works on the same paths
+MARK = "CLICKLOOP_STAGE"  # in the environment of all that a stage starts: a later attempt finds what was left
 POLL_SECONDS, END_SECONDS = 2.0, 20.0
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 # What DVC says about git and its remote: a run commits and pushes by itself.
@@ -67,9 +67,7 @@ def repro(worktree: Path, name: str, say: Say) -> Outcome:
             if not any(sign in said for sign in BUSY):
                 raise _reason(name, said, _json(note) if _noted(note) != before else {})
             if time.monotonic() - begun > LOCK_SECONDS:
-                raise BusyError(
-                    f"{name}: DVC's lock was not free for {LOCK_SECONDS // 60} minutes: {holders(worktree)}"
-                )
+                raise BusyError(f"{name}: DVC's lock is taken for {LOCK_SECONDS // 60} min: {holders(worktree)}")
             say(f"{name} waits for DVC's lock: {holders(worktree)}")
             time.sleep(POLL_SECONDS)
             for line in clear_stale(worktree):
@@ -84,8 +82,8 @@ def _dvc(worktree: Path, name: str, say: Say) -> tuple[int, str]:
     # --wait-for-lock: stages side by side take turns at DVC's first lock, and hold it for moments
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
     process = subprocess.Popen(
-        command, cwd=worktree, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace",
+        command, cwd=worktree, env=environment() | {MARK: _mark(worktree, name)}, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     lines = []
     try:
@@ -133,35 +131,21 @@ def end_orphans(worktree: Path, name: str) -> list[str]:
 
     The caller holds the stage's lock, so nobody waits for these processes any more, and they write the same files.
     """
-    command, _, item = name.partition("@")
-    words = ["components", command, *([item] if item else [])]
-    family = {process.pid for process in psutil.Process().parents()} | {os.getpid()}
-    found = [
-        process for process in _in(worktree)
-        if process.pid not in family and _runs(process, words, name)
-    ]  # fmt: skip
-    told = [f"{name}: process {process.pid} of an earlier attempt was still at work: ended" for process in found]
+    mark = _mark(worktree, name)
+    found = [process for process in psutil.process_iter() if _environment(process).get(MARK) == mark]
     end(found)
-    return told
+    return [f"{name}: process {process.pid} of an earlier attempt was still at work: ended" for process in found]
 
 
-def _in(worktree: Path) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == worktree:
-                yield process
-        except (psutil.Error, OSError):
-            continue
+def _mark(worktree: Path, name: str) -> str:
+    return f"{worktree.resolve()}:{name}"
 
 
-def _runs(process: psutil.Process, words: list[str], name: str) -> bool:
+def _environment(process: psutil.Process) -> dict[str, str]:
     try:
-        line = process.cmdline()
-    except psutil.Error:
-        return False
-    return ("dvc" in line and name in line) or any(
-        line[i : i + len(words)] == words for i in range(len(line) - len(words) + 1)
-    )
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}  # another user's, or it has just ended
 
 
 def end(processes: list[psutil.Process]) -> None:

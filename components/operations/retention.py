@@ -1,4 +1,4 @@
-"""tidy: drop what no version and none of the newest runs needs. What a version needs stays for ever.
+"""tidy: drop what no version and none of the newest runs needs. What a version needs always stays.
 
 In this order, so that a kill leaves too much and never too little: worktrees of ended runs, tags of runs, and then
 DVC's data that neither a tag, nor a branch, nor a worktree names. `dvc gc --workspace` alone would drop the champion.

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from graphlib import TopologicalSorter
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -99,11 +98,12 @@ def one(day: Day, promote: str | None, console: Console) -> Row:
 
 
 def order(day: Day) -> list[str]:
-    """The stages of the worktree's dvc.yaml, each after those that it needs."""
-    graph = pipeline.read(day.worktree)
-    names = list(graph.stages)
-    sorter = TopologicalSorter({name: sorted(graph.before()[name], key=names.index) for name in names})
-    return list(sorter.static_order())
+    """The stages of the worktree's dvc.yaml in its order, but each after those that it needs."""
+    before = pipeline.read(day.worktree).before()
+    found: dict[str, None] = {}
+    while left := [name for name in before if name not in found]:
+        found[next(name for name in left if before[name] <= found.keys())] = None
+    return list(found)
 
 
 def await_(day: Day, config: RunConfig, say: step.Say) -> float:

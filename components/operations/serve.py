@@ -23,6 +23,7 @@ from components.common.live import CURRENT, current
 from components.release import server
 
 LOOK_SECONDS = 1.0
+WORKER = "_bentoml_impl.worker.service"  # in the command line of each
 HOST, PORT = "127.0.0.1", "3000"
 
 
@@ -33,7 +34,10 @@ def run(live: Path, bento: Path | None, online: Path | None) -> int:
 
     Raises ValueError where there is nothing to serve.
     """
+    folder: Path
+    store: Path | None
     if bento is None:
+        live = live.resolve()  # as the system names the folders of processes
         if online is not None:
             raise ValueError("serve: --online goes with --bento; the champion reads the live store")
         folder, store = live / CURRENT / "bento", live / CURRENT / "online"
@@ -76,24 +80,21 @@ def _environment(store: Path | None) -> dict[str, str]:
 
 
 def _watch(guard: subprocess.Popen[bytes], live: Path | None) -> int:
-    """Until the server ends: have its workers replaced where another release is the champion."""
-    release = None
+    """Until the server ends: have its workers replaced where all of them are of another release than the pointer's."""
+    told = None
     while guard.poll() is None:
-        if live is not None:
-            now = current(live)
-            assert now is not None
-            if release is not None and now.release != release:
-                print(
-                    f"serve: {now.version} is the champion, by {now.who}: {now.why}; replacing the workers", flush=True
-                )
-                _replace(guard.pid)
-            release = now.release
+        now = current(live) if live else None
+        if now is not None and now.release is not None:
+            with suppress(psutil.NoSuchProcess):
+                server = psutil.Process(guard.pid)
+                workers = [p for p in server.children(recursive=True) if WORKER in p.cmdline()]
+                # the folder that a worker was started in tells its release, also where the pointer moved twice
+                old = workers and not any(Path(worker.cwd()).is_relative_to(now.release) for worker in workers)
+                if old and told != now:  # once: the new ones take a while to appear
+                    told = now
+                    said = f"{now.version} is the champion, by {now.who}: {now.why}"
+                    print(f"serve: {said}; replacing the workers", flush=True)
+                    for process in server.children():
+                        process.send_signal(signal.SIGHUP)  # BentoML's supervisor starts new ones and ends the old
         time.sleep(LOOK_SECONDS)
     return guard.returncode
-
-
-def _replace(guard: int) -> None:
-    """SIGHUP, by which BentoML's supervisor (circus) starts new workers and ends the old ones."""
-    with suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(guard).children():
-            process.send_signal(signal.SIGHUP)

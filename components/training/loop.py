@@ -14,7 +14,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -55,6 +55,7 @@ class Loop:
     name     the model's name in params.yaml
     data     on the host; it goes to the model's device, its rows too where they fit
     start    hash of what the weights were begun from
+    rates    the learning rate of each epoch, where another run has found them
     scratch  holds the state, in a folder of the model's name; a run that was stopped there continues
     """
 
@@ -66,13 +67,14 @@ class Loop:
         data: Dataset,
         *,
         start: str = "",
+        rates: Sequence[float] = (),
         ranks: Ranks | None = None,
         scratch: Path = SCRATCH,
     ) -> None:
         first, last = data.splits["train"]
         config = config.for_rows(last - first)
         self.name, self.config, self.model, self.ranks = name, config, model, ranks or Ranks()
-        self.device = next(model.parameters()).device
+        self.rates, self.device = rates, next(model.parameters()).device
         keep_freed_memory()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -102,6 +104,8 @@ class Loop:
                     self.stop(signum)
 
             while not progress.done(self.config):
+                if self.rates:
+                    progress.lr = self.rates[progress.epoch]
                 whole, begun = progress.step == 0, time.perf_counter()
                 with enough_memory(self.name, self.device, self.config.batch_size):
                     loss = self.epoch(pause)

@@ -1,9 +1,10 @@
 """refit: the approved configuration on all days, the test days too. So what ships has seen the newest day.
 
 The gate judges a model that has seen no test day. Once it is approved, there is nothing left to hold back: the same
-network is fitted with the same settings and seed on every row, for as many epochs as the valid days chose. Vocabularies
-and catalog stay, so package and serving see no difference. No rows are left to choose anything by. So the new model is
-compared with the approved one on the test days, and if a check fails, the approved one ships, and the decision says so.
+network is fitted from the same start, with the same settings and seed, on every row, for as many epochs as the valid
+days chose. Vocabularies and catalog stay, so package and serving see no difference. No rows are left to judge by. So
+the new model is compared with the approved one on the test days. If a check fails, the approved one ships, and the
+decision says so.
 
     checkpoints/refit             what ships, either kind; refit.json alone where the gate rejected
     artifacts/refit/decision.json the gate's decision, and `shipped`: bytes, kind, train_until, checks, reasons
@@ -28,7 +29,8 @@ from components.common.dataset import Dataset
 from components.common.scoring import score
 from components.training.config import TrainConfig
 from components.training.loop import DivergenceError, Loop, enough_memory
-from components.training.train import SPEED, device_of, facts, speed_of, speed_summary, write_best
+from components.training.train import SPEED, device_of, speed_of, speed_summary, write_best
+from components.training.warm_start import Start, take_weights
 from models.checkpoint import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
 from models.families import build
 
@@ -61,9 +63,11 @@ class RefitConfig:
 
 
 def run(
-    config: RefitConfig, decision: Path, checkpoints: Path, dataset: Path, output: Path, shipped: Path
+    config: RefitConfig, decision: Path, checkpoints: Path, starts: Path, dataset: Path, output: Path, shipped: Path
 ) -> dict[str, Any]:
     """Fit, check, and write the checkpoint that ships and the decision that names it. Returns the decision.
+
+    starts  what the training of each model began from, as `start` writes it
 
     Raises ValueError where the bytes on disk are not those that the gate judged, and OutOfMemoryError.
     """
@@ -81,7 +85,8 @@ def run(
         reasons = ["refit.enabled is false: the model that the gate judged ships"]
     else:
         try:
-            loop, speed = fit(config, name, approved, data)
+            loop = begin(config, judged, approved, starts / name, data)
+            speed = speed_of(loop, loop.run())
         except DivergenceError as error:
             reasons = [f"the refit failed, so the model that the gate judged ships: {error}"]
         else:
@@ -89,9 +94,8 @@ def run(
             reasons = list(_reasons(checks))
     fitted = bool(checks) and all(check["passed"] for check in checks)
     if fitted:
-        known = facts(loop, approved.facts["warm_start"]) | {
-            "best_epoch": approved.facts["best_epoch"],
-            "valid_auc": approved.facts["valid_auc"],
+        known = dict(approved.facts) | {
+            "train_rows": len(data.columns["label"]),
             "train_until": data.midnight("ends"),
             "refit_of": judged["checkpoint_sha256"],
         }
@@ -112,19 +116,24 @@ def run(
     return found | speed
 
 
-def fit(config: RefitConfig, name: str, approved: Checkpoint, data: Dataset) -> tuple[Loop, dict[str, Any]]:
-    """Train on every row. Returns the loop, whose state holds the weights, and what its steps cost."""
-    epochs = approved.facts["best_epoch"]
+def begin(config: RefitConfig, judged: dict[str, Any], approved: Checkpoint, start: Path, data: Dataset) -> Loop:
+    """The approved model's training over again, on every row: a loop that was not run yet, or that was stopped."""
+    name, epochs = approved.family, approved.facts["best_epoch"]
     asked = TrainConfig(**approved.facts["train"], network=dict(approved.network), device=config.device)
     asked = replace(asked, max_epochs=epochs, patience=epochs)
     device = device_of("refit", asked)
-    every = len(data.columns["label"])
-    whole = replace(data, facts=data.facts | {"splits": {"train": (0, every)}})
+    whole = replace(data, facts=data.facts | {"splits": {"train": (0, len(data.columns["label"]))}})
     torch.manual_seed(asked.seed)
     ranker = build(name, asked.network, data.schema)
+    if approved.facts["warm_start"] is not None:
+        champion = Start.read(start).checkpoint
+        assert champion is not None
+        take_weights(ranker, asked.network, data, champion)
     with enough_memory(name, device):
-        loop = Loop(name, asked, ranker.to(device), whole, scratch=SCRATCH)
-    return loop, speed_of(loop, loop.run())
+        return Loop(
+            name, asked, ranker.to(device), whole,
+            start=judged["checkpoint_sha256"], rates=approved.facts["rates"], scratch=SCRATCH,
+        )  # fmt: skip
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------
@@ -138,11 +147,12 @@ def compare(config: RefitConfig, data: Dataset, approved: Checkpoint, loop: Loop
     old_B, label_B = (column.double() for column in score(approved.model, data, rows))
     new_B = score(fitted, data, rows)[0].double()
     rise, error = logloss_rise(new_B, old_B, label_B, data.columns["user"][slice(*rows)].long())
+    noise = config.logloss_noise * error
     correlation = float(torch.corrcoef(torch.stack((old_B, new_B)))[0, 1])
     return [
         _rule("correlation", correlation, ">=", config.min_correlation),
         _rule("calibration_error", calibration_error(new_B.sigmoid(), label_B), "<=", config.max_calibration_error),
-        _rule("logloss_rise", rise, "<=", config.logloss_noise * error),
+        _rule("logloss_rise", rise, "<=", noise if math.isfinite(noise) else 0.0),
     ]
 
 

@@ -141,6 +141,7 @@ def facts(loop: Loop, champion: str | None) -> dict[str, Any]:
         "data_sha256": data.facts["data_sha256"],
         "best_epoch": progress.best_epoch,
         "valid_auc": progress.best_auc,
+        "rates": [epoch["lr"] for epoch in progress.history[: progress.best_epoch]],
         "train": {key: value for key, value in asdict(loop.config).items() if key not in ("network", "device")},
         "train_rows": last - first,
         "train_until": data.midnight("test_from"),

@@ -82,7 +82,8 @@ def gained(folder: Path, today: Path, tomorrow: Path, model: str, seed: int) -> 
         judged = {"verdict": "approve", "model": model, "checkpoint_sha256": checkpoint_hash(checkpoints / model)}
         write_json(decision, judged | {"data_sha256": data_sha256, "reasons": []})
         every = settings("refit", RefitConfig, device="cpu")
-        ships = refit.run(every, decision, checkpoints, today, folder / "refit", folder / "shipped.json")["shipped"]
+        out, shipped = folder / "refit", folder / "shipped.json"
+        ships = refit.run(every, decision, checkpoints, folder, today, out, shipped)["shipped"]
     auc, expected = score_on(folder / "refit", tomorrow)
     judged_auc, judged_expected = score_on(checkpoints / model, tomorrow)
     return {

@@ -100,9 +100,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         decided = gate.run(load(params, "gate", GateConfig), evaluations, checkpoints, made.dataset, champion, decision)
         every_row = replace(load(params, "refit", RefitConfig), device="cpu")
         shipped, ships = made.root / "refit.json", checkpoints / "refit"
-        refitted = refit.run(every_row, decision, checkpoints, made.dataset, ships, shipped)["shipped"]
+        refitted = refit.run(every_row, decision, checkpoints, made.root / "start", made.dataset, ships, shipped)[
+            "shipped"
+        ]
         judged_ships = replace(every_row, enabled=False)  # its scores are those that were measured
-        refit.run(judged_ships, decision, checkpoints, made.dataset, ships, shipped)
+        refit.run(judged_ships, decision, checkpoints, made.root / "start", made.dataset, ships, shipped)
     package.run(
         load(params, "package", PackageConfig), shipped, ships, made.dataset, made.features, made.repo, built
     )  # fmt: skip

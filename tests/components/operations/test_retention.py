@@ -122,7 +122,7 @@ def test_a_remote_elsewhere_is_left_alone(clone: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "remote"
     shutil.copytree(clone / ".dvc-remote", elsewhere)
     count = objects(elsewhere)
-    git(clone, "tag", "--delete", f"run/{day(RUNS - 2)}")
+    git(clone, "tag", "--delete", f"run/{day(RUNS - 3)}")
     dvc(clone, "remote", "modify", "--local", "local", "url", str(elsewhere))
     assert retention.own_remotes(clone) == []
     cached = objects(clone / ".dvc/cache")

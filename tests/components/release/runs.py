@@ -47,7 +47,7 @@ def repository(root: Path) -> Path:
     (root / "feature_repo").parent.mkdir(parents=True, exist_ok=True)
     git(root, "init", "-q", "-b", "main")
     dvc(root, "init", "-q")
-    dvc(root, "remote", "add", "-q", "-d", "local", "../.dvc-remote")
+    dvc(root, "remote", "add", "-q", "-d", "local", ".dvc-remote")
     world(root)
     shutil.copy(PROJECT / "params.yaml", root / "params.yaml")
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"all": {"cmd": "true", "outs": OUTPUTS}}}))
