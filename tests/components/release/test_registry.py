@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_what_an_override_goes_on_with_stays_in_the_history(clone: Path) -> None
     with pytest.raises(ValueError, match=r"or give `--override REASON`$") as refused:
         promote(clone, "2026-01-12")
     assert "ctr-ranker:qin-2026-01-12 has not passed the smoke test; run the day again" in str(refused.value)
-    assert "DVC's remote does not have artifacts/package, checkpoints/qin, checkpoints/refit" in str(refused.value)
+    assert re.search(r"DVC's remote does not have artifacts/package \(\d+ of \d+ files\), ", str(refused.value))
     assert "run `dvc push --all-tags`" in str(refused.value)
     with pytest.raises(ValueError, match="give a reason"):
         promote(clone, "2026-01-12", override=" ")
