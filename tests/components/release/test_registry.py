@@ -106,8 +106,8 @@ def test_the_judge_of_a_day_is_of_an_earlier_day(clone: Path, monkeypatch: pytes
     assert one.pointer()["judged_sha256"] != one.pointer()["checkpoint_sha256"]
     fetch(one.pointer(), clone / "fetched")
     assert checkpoint_hash(clone / "fetched") == one.facts["judged_sha256"]
-    assert "champion.json names ctr-ranker@v0.0.2" in registry.pin(clone, None)
-    assert json.loads((clone / "champion.json").read_text()) == two.pointer()
+    assert "champion.json names ctr-ranker@v0.0.1" in registry.pin(clone, None)  # promoted last
+    assert json.loads((clone / "champion.json").read_text()) == one.pointer()
 
 
 def test_hashes_that_do_not_match_are_refused_whatever_the_reason(clone: Path) -> None:
