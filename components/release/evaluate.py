@@ -64,7 +64,7 @@ def run(
         columns["champion_score"] = theirs
         found["champion"] = {
             "version": current["version"],
-            "checkpoint_sha256": current["checkpoint_sha256"],
+            "checkpoint_sha256": checkpoint_hash(folder),  # as the gate judged it, and not its refit
             "test": measure(config, labels, theirs, users),
             "slices": {name: _slice(config, mask, labels, theirs, users) for name, mask in slices.items()},
             "difference": intervals(config, labels, users, auc=scores, minus=theirs),
