@@ -135,8 +135,8 @@ def switch(
     assert live.resolve() in _held, "call it within locked(live)"
     assert release or store, "there is nothing to switch"
     before = current(live)
-    release = release or (before and before.release)
-    store = store or (before and before.store)
+    release = release or (before.release if before else None)
+    store = store or (before.store if before else None)
     folder = live / DEPLOYED / str(before.number + 1 if before else 1)
     with new_folder(folder) as scratch:  # in the place of one that a killed switch left
         for name, target in (("bento", release and release / "bento"), ("online", store)):

@@ -34,6 +34,8 @@ def run(live: Path, bento: Path | None, online: Path | None) -> int:
 
     Raises ValueError where there is nothing to serve.
     """
+    folder: Path
+    store: Path | None
     if bento is None:
         live = live.resolve()  # as the system names the folders of processes
         if online is not None:

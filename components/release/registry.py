@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from datetime import datetime
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -169,14 +170,11 @@ def told(promotion: versions.Promotion) -> dict[str, Any]:
 
 
 def _find(root: Path, text: str) -> Version:
-    """As versions.find; a run that is no version yet is registered."""
-    try:
-        return versions.find(root, text)
-    except ValueError:
-        run = text if text.startswith(versions.RUN) else f"{versions.RUN}{text}"
-        if not versions.git(root, "tag", "--list", run):
-            raise
-        return versions.find(root, versions.register(root, run))
+    """As versions.find. A run, or a day, is the one that its tag names now; it becomes a version if it is none yet."""
+    run = text if text.startswith(versions.RUN) else f"{versions.RUN}{text}"
+    if versions.git(root, "tag", "--list", run):
+        text = versions.register(root, run)
+    return versions.find(root, text)
 
 
 def _serves(root: Path, live: Path, version: Version) -> bool:
@@ -243,9 +241,9 @@ def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path,
     if now and now.store and now.store.is_dir():
         has = read_json(now.store / RECEIPT, "features")
         same = {name: set(columns) for name, columns in has["features"].items()} == _features(root, version, has)
-        if same and has["until"] >= receipt["until"]:
-            newer = has["until"] > receipt["until"]
-            return now.store, f"its data until {has['until']} are newer" if newer else "it has the same data"
+        age = _age(has), _age(receipt)
+        if same and age[0] >= age[1]:
+            return now.store, f"its data until {has['until']} are newer" if age[0] > age[1] else "it has the same data"
     with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
         features, repo = Path(scratch, FEATURES), Path(scratch, REPO)  # as in a work tree
         features.parent.mkdir()
@@ -258,6 +256,11 @@ def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path,
             publish.fill(config, features, repo, store)
     clicks.replay(live, store)
     return store, None
+
+
+def _age(receipt: dict[str, Any]) -> tuple[datetime, datetime]:
+    """The end of a store's data, and its newest event."""
+    return datetime.fromisoformat(receipt["until"]), datetime.fromisoformat(receipt["log_until"])
 
 
 def _features(root: Path, version: Version, has: dict[str, Any]) -> dict[str, set[str]]:

@@ -2,8 +2,9 @@
 
 The gate judges a model that has seen no test day. Once it is approved, there is nothing left to hold back: the same
 network is fitted from the same start, with the same settings and seed, on every row, for as many epochs as the valid
-The gate judges a model that has seen no test day. Once it is approved, there is nothing left to hold back: the same
-compared with the approved one on the test days, and if a check fails, the approved one ships, and the decision says so.
+days chose. Vocabularies and catalog stay, so package and serving see no difference. No rows are left to judge by. So
+the new model is compared with the approved one on the test days. If a check fails, the approved one ships, and the
+decision says so.
 
     checkpoints/refit             what ships, either kind; refit.json alone where the gate rejected
     artifacts/refit/decision.json the gate's decision, and `shipped`: bytes, kind, train_until, checks, reasons

@@ -53,7 +53,8 @@ class SimulatorConfig:
     text_dim, image_dim    widths of the two modalities' vectors
     popularity     exponent of the power law of item popularity
     drift          radians that a user's interests turn in a day
-    fashion, fashion_days   how much the day's fashion decides, and the days of one of its waves
+    fashion        standard deviation of what fashion adds to the logits of a day's items, weighed by popularity
+    fashion_days   days of one of its waves, more or less
     sharpness      s above: how much interests decide
     click_rate     share of clicks of each day
     late_share     share of impressions that arrive an hour to three days after they happened
@@ -204,10 +205,16 @@ class World:
         )
 
     def fashion(self, day: int) -> np.ndarray:
-        """The day's fashion, float32 [topics]: it turns and is always as long, and no topic's gain is another's."""
+        """The day's fashion, float32 [topics]: waves that come and go, and part the day's items as far on every day."""
         wave_K = np.cos(day * self.frequency_KW + self.phase_KW).sum(axis=1)
-        wave_K -= wave_K.mean()
-        return (self.config.fashion * wave_K / np.sqrt((wave_K**2).mean())).astype(np.float32)
+        items = self.items_of(day)
+        share_I, effect_I = self.weight_I[items] / self.weight_I[items].sum(), self._effects(items, wave_K)
+        spread = np.sqrt((share_I * effect_I**2).sum() - (share_I * effect_I).sum() ** 2)
+        return (self.config.fashion / max(spread, 1e-6) * wave_K).astype(np.float32)
+
+    def _effects(self, items: slice, fashion_K: np.ndarray) -> np.ndarray:
+        """fashion·z_i. Summed without BLAS, whose last bits would depend on where the items lie."""
+        return np.einsum("ik,k->i", self.z_IK[items], fashion_K)
 
     def users_of(self, day: int) -> slice:
         """Where the users of a day are in an array of users."""
@@ -235,7 +242,7 @@ class World:
         device_B = _draw(rng, np.array(DEVICE_SHARE), n).astype(np.int8)
         z_IK = self.z_IK[items]
         affinity_B = np.einsum("bk,bk->b", z_HK[here_B], z_IK[item_B])
-        item_effect_I = self.quality_I[items] + np.einsum("ik,k->i", z_IK, self.fashion(day))
+        item_effect_I = self.quality_I[items] + self._effects(items, self.fashion(day))
         logit_B = config.sharpness * affinity_B + item_effect_I[item_B] + DEVICE_EFFECT[device_B]
         logit_B += _intercept(logit_B[:20_000], config.click_rate)
         probability_B = (1 / (1 + np.exp(-logit_B))).astype(np.float32)

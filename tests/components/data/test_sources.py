@@ -5,30 +5,58 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from components.common.artifacts import folder_hash
-from components.common.contracts import ORACLE, Canonical
+from components.common.contracts import ARRIVAL, ORACLE, Canonical
 from components.data import ingest, sources
-from components.data.sources.simulator import DEVICE_SHARE, DEVICES, FIRST_ITEM, FIRST_USER, STRIDE, TOPICS, World
-from tests.components.small_world import PROJECT, SIMULATOR, ingest_config
+from components.data.revisions import versions
+from components.data.sources import Window
+from components.data.sources.simulator import (
+    DEVICE_SHARE,
+    DEVICES,
+    EPOCH,
+    FIRST_ITEM,
+    FIRST_USER,
+    STRIDE,
+    Cohorts,
+    World,
+    read,
+)
+from components.data.sources.simulator_words import TOPICS
+from tests.components.small_world import PROJECT, SIMULATOR, WINDOW, WINDOW_DAYS, ingest_config
 
-BIG = replace(SIMULATOR, users=2000, items=1000, days=6, impressions_per_day=20_000, text_dim=24, image_dim=16)
+BIG = replace(SIMULATOR, users=2000, items=1000, impressions_per_day=20_000, text_dim=24, image_dim=16)
+FIRST = (datetime(2024, 3, 1, tzinfo=UTC) - EPOCH).days
+DAYS = range(FIRST, FIRST + 6)
 
 
 def draw(world: World) -> pd.DataFrame:
-    return pa.concat_tables([world.day(day) for day in range(world.config.days)]).to_pandas()
+    return pa.concat_tables([world.day(day) for day in world.days]).to_pandas()
+
+
+def window(days: range) -> Window:
+    return Window(since=EPOCH + timedelta(days=days.start), until=EPOCH + timedelta(days=days.stop))
+
+
+def rows_of(table: pa.Table, name: str, ids: pa.Array) -> pa.Table:
+    """The rows of these ids, in their order."""
+    found: pa.Table = table.filter(pc.is_in(table[name], value_set=ids)).sort_by(name)
+    return found
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return World(BIG)
+    return World(BIG, DAYS)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +69,20 @@ def items(world: World) -> pd.DataFrame:
     return world.items().to_pandas()
 
 
+def users_of(world: World, events: pd.DataFrame) -> np.ndarray:
+    return (events["user_id"].to_numpy() - FIRST_USER) // STRIDE - world.first_user
+
+
+def items_of(world: World, events: pd.DataFrame) -> np.ndarray:
+    return (events["item_id"].to_numpy() - FIRST_ITEM) // STRIDE - world.first_item
+
+
 # ---- the simulator ----------------------------------------------------------------------------------------------
 
 
 def test_a_seed_decides_every_byte(tmp_path: Path) -> None:
     for name, seed in {"one": 3, "again": 3, "other": 4}.items():
-        config = replace(ingest_config(), simulator=replace(SIMULATOR, seed=seed))
+        config = replace(ingest_config(window_days=WINDOW_DAYS), simulator=replace(SIMULATOR, seed=seed))
         ingest.run(config, tmp_path / name)
     assert folder_hash(tmp_path / "one") == folder_hash(tmp_path / "again")
     one, other = Canonical(tmp_path / "one"), Canonical(tmp_path / "other")
@@ -58,10 +94,127 @@ def test_a_seed_decides_every_byte(tmp_path: Path) -> None:
     assert not one.users()["region"].equals(other.users()["region"])
 
 
+LIVELY = replace(SIMULATOR, late_share=0.1, corrected_share=0.05)
+
+
+@pytest.mark.parametrize("ahead", [0, -60_000, 80_000], ids=["2024", "1859", "2243"])
+def test_windows_agree_where_they_overlap(ahead: int) -> None:
+    """Day by day, byte by byte, whatever lies before and after; of users, items and vectors too."""
+    days = range(FIRST + ahead, FIRST + ahead + 20)
+    whole = read("", LIVELY, window(days))
+    for part in (days[:1], days[3:7], days[12:]):
+        found = read("", LIVELY, window(part))
+        times = whole.events["timestamp"].cast(pa.int64()).to_numpy() // (86_400 * 1_000_000)
+        same = whole.events.filter(pa.array(np.isin(times, part)))
+        assert found.events.combine_chunks().equals(same.combine_chunks())
+        assert len(found.users) < len(whole.users) and len(found.items) < len(whole.items)
+        assert found.users.sort_by("user_id").equals(rows_of(whole.users, "user_id", found.users["user_id"]))
+        ids = found.items["item_id"]
+        assert found.items.sort_by("item_id").equals(rows_of(whole.items, "item_id", ids))
+        for name, table in found.modalities.items():
+            assert table.sort_by("item_id").equals(rows_of(whole.modalities[name], "item_id", ids)), name
+
+
+def test_a_window_costs_what_it_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many streams of random numbers are opened for a far day as for a near one, and few more for two days."""
+    opened: list[tuple[int, ...]] = []
+    rng = World._rng
+
+    def counted(world: World, *stream: int) -> np.random.Generator:
+        opened.append(stream)
+        return rng(world, *stream)
+
+    monkeypatch.setattr(World, "_rng", counted)
+    counts = []
+    for days in (range(FIRST, FIRST + 1), range(FIRST + 50_000, FIRST + 50_001), range(FIRST, FIRST + 2)):
+        opened.clear()
+        found = read("", SIMULATOR, window(days))
+        counts.append(len(opened))
+        assert len(found.events) == len(days) * SIMULATOR.impressions_per_day
+    lives = SIMULATOR.user_life + SIMULATOR.item_life
+    assert counts[0] == counts[1] < 6 * lives and counts[2] - counts[0] < 20
+
+
+def test_a_window_of_hours_has_its_rows_alone() -> None:
+    since, until = datetime(2024, 3, 2, 15, tzinfo=UTC), datetime(2024, 3, 4, 21, 30, tzinfo=UTC)
+    found = read("", SIMULATOR, Window(since=since, until=until)).events
+    whole = read("", SIMULATOR, WINDOW).events
+    times = [since <= time < until for time in whole["timestamp"].to_pylist()]
+    assert found.combine_chunks().equals(whole.filter(pa.array(times)).combine_chunks())
+    assert 400 < len(found) < 3 * 400
+
+
+def test_a_sample_is_of_the_first_and_the_last_day() -> None:
+    found = read("", SIMULATOR, WINDOW, rows=50).events
+    assert found["timestamp"].to_pandas().dt.strftime("%m-%d").value_counts().to_dict() == {"03-01": 50, "03-08": 50}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"since": WINDOW.since}, {"until": WINDOW.until}])
+def test_a_window_without_bounds_is_told(bounds: dict) -> None:
+    with pytest.raises(ValueError, match=r"no first and no last; give both ingest\.until.* and ingest\.window_days"):
+        read("", SIMULATOR, Window(**bounds))
+
+
+def test_rows_are_late_and_labels_are_corrected_at_the_known_rates(world: World) -> None:
+    """What counts in the end is what a world draws that is never late and never wrong."""
+    config = replace(BIG, late_share=0.1, corrected_share=0.03)
+    delivered = World(config, DAYS)
+    found = pa.concat_tables([delivered.day(day) for day in DAYS])
+    counted, older = versions(found)
+    assert counted.drop_columns(ARRIVAL).equals(pa.concat_tables([world.day(day) for day in DAYS]))
+    n = BIG.impressions_per_day * len(DAYS)
+    assert len(older["corrected later"]) / n == pytest.approx(0.03, rel=0.1) and not len(older["repeated"])
+    table = found.to_pandas()
+    is_second = table.duplicated(["user_id", "item_id", "timestamp"])
+    hours = (table[ARRIVAL] - table["timestamp"]).dt.total_seconds() / 3600
+    first = hours[~is_second]
+    assert (first > 0).mean() == pytest.approx(0.1, rel=0.05)
+    assert (first[first > 0] >= 1).all() and (first <= 72).all()
+    assert 6 < first[first > 0].median() < 12
+    at = np.flatnonzero(is_second)
+    assert (table["label"].to_numpy()[at] != table["label"].to_numpy()[at - 1]).all()
+    waited = hours.to_numpy()[at] - hours.to_numpy()[at - 1]
+    assert (waited >= 1).all() and (waited <= 72).all()
+    assert table["timestamp"].is_monotonic_increasing
+
+
+def test_what_is_late_or_wrong_at_the_end_of_a_window_is_known_a_week_later(tmp_path: Path) -> None:
+    config = replace(ingest_config(window_days=WINDOW_DAYS), simulator=LIVELY)
+    then = ingest.run(config, tmp_path / "then")
+    week = {"until": "2024-03-16T00:00:00+00:00", "window_days": WINDOW_DAYS + 7}
+    later = ingest.run(replace(config, **week), tmp_path / "later")
+    assert then["rows"]["later"] > 0 and then["rows"]["left_out"]["corrected later"] > 0
+    known, all_ = (Canonical(tmp_path / name).events().to_pandas() for name in ("then", "later"))
+    both = known.merge(all_, on=["user_id", "item_id", "timestamp"], how="left", validate="one_to_one")
+    assert both["label_y"].notna().all() and (both["label_x"] != both["label_y"]).any()
+    last = all_["timestamp"] >= pd.Timestamp("2024-03-08", tz="UTC")
+    assert (
+        (known["timestamp"] >= pd.Timestamp("2024-03-08", tz="UTC")).sum()
+        < 400
+        == (last & (all_["timestamp"] < pd.Timestamp("2024-03-09", tz="UTC"))).sum()
+    )
+    assert later["rows"]["written"] < (WINDOW_DAYS + 7) * 400  # of its own last days
+    assert later["unusual_days"]["2024-03-03"]["corrected later"] > 0
+
+
+def test_the_thirtieth_day_is_as_hard_as_the_first() -> None:
+    """The oracle's AUC of days far apart differs by less than .01, and the click rate by chance alone."""
+    sizes = {"users": 3000, "items": 1500, "impressions_per_day": 60_000}  # the demo's, but for twice the rows
+    long = World(replace(BIG, **sizes), range(FIRST, FIRST + 30))
+    found = {}
+    for day in (*long.days[::10], long.days[-1]):
+        table = long.day(day)
+        label, score = (table[name].to_numpy() for name in ("label", ORACLE))
+        found[day] = roc_auc_score(label, score)
+        assert label.mean() == pytest.approx(BIG.click_rate, abs=0.006)
+    assert abs(found[long.days[-1]] - found[FIRST]) < 0.01
+    assert max(found.values()) - min(found.values()) < 0.01
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.6])
 def test_click_rate_is_the_configured_one(rate: float) -> None:
-    first = World(replace(BIG, click_rate=rate)).day(0)
-    assert first[ORACLE].to_numpy().mean() == pytest.approx(rate, rel=0.05)
+    first = World(replace(BIG, click_rate=rate), DAYS).day(DAYS[0])
+    assert first[ORACLE].to_numpy().mean() == pytest.approx(rate, rel=0.001)
     assert first["label"].to_numpy().mean() == pytest.approx(rate, rel=0.1)
 
 
@@ -74,7 +227,7 @@ def test_labels_are_drawn_with_the_true_probability(events: pd.DataFrame) -> Non
 
 
 def test_oracle_auc_is_told_and_leaves_room_above_chance(tmp_path: Path) -> None:
-    facts = ingest.run(ingest_config(), tmp_path / "canonical")
+    facts = ingest.run(ingest_config(window_days=WINDOW_DAYS), tmp_path / "canonical")
     table = Canonical(tmp_path / "canonical").events()
     label, score = table["label"].to_numpy(), table[ORACLE].to_numpy()
     clicked, other = score[label == 1][:, None], score[label == 0][None, :]  # Mann and Whitney, pair by pair
@@ -85,7 +238,8 @@ def test_oracle_auc_is_told_and_leaves_room_above_chance(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("exponent", [0.5, 1.1])
 def test_popularity_is_a_power_law(exponent: float) -> None:
-    counts = np.sort(draw(World(replace(BIG, popularity=exponent)))["item_id"].value_counts().to_numpy())[::-1]
+    drawn = draw(World(replace(BIG, popularity=exponent), DAYS))
+    counts = np.sort(drawn["item_id"].value_counts().to_numpy())[::-1]
     rank = np.arange(5, 300)
     slope = np.polyfit(np.log(rank), np.log(counts[rank - 1]), 1)[0]
     assert -slope == pytest.approx(exponent, abs=0.15)
@@ -97,50 +251,96 @@ def test_activity_of_users_is_skewed(events: pd.DataFrame) -> None:
 
 
 def test_interests_drift_by_the_configured_angle(world: World) -> None:
-    first, next_, last = (world.interests(day) for day in (0, 1, BIG.days - 1))
+    there = world.users_of(DAYS[0])
+    users = np.arange(max(there.start, world.users_of(DAYS[-1]).start), there.stop)  # on the first day and the last
+    first, next_, last = (world.interests(day, users) for day in (DAYS[0], DAYS[1], DAYS[-1]))
     assert np.linalg.norm(first, axis=1) == pytest.approx(1, abs=1e-5)
     one, all_ = ((first * z).sum(axis=1).mean() for z in (next_, last))
     assert all_ < one - 0.02 < 0.99  # a little each day, in one direction
-    still = World(replace(BIG, drift=0.0))
-    assert np.array_equal(still.interests(0), still.interests(BIG.days - 1))
+    still = World(replace(BIG, drift=0.0), DAYS)
+    assert np.array_equal(still.interests(DAYS[0], users), still.interests(DAYS[-1], users))
     # and they are somebody's: another user's interests are further than one's own at the end
     assert (first * last).sum(axis=1).mean() > (first * np.roll(first, 1, axis=0)).sum(axis=1).mean() + 0.2
 
 
+def test_interests_turn_for_ever_and_no_step_is_a_jump() -> None:
+    """Over a whole life: a user turns on and on, at most the configured angle a day."""
+    life = World(BIG, range(FIRST, FIRST + BIG.user_life))
+    own = np.flatnonzero(life.born_U == FIRST)
+    z_DUK = np.stack([life.interests(day, own) for day in life.days])
+    step = np.arccos(np.clip((z_DUK[1:] * z_DUK[:-1]).sum(axis=2), -1, 1))
+    assert step.max() < 2 * BIG.drift and step.mean() > BIG.drift / 2
+    assert (z_DUK >= 0).all()  # nobody ever dislikes a topic
+    apart = [(z_DUK[0] * z_DUK[ahead]).sum(axis=1).mean() for ahead in (0, 10, 40)]
+    assert apart[0] > apart[1] + 0.1 and apart[1] > apart[2] + 0.2
+
+
+def test_age_tells_of_interests_for_ever() -> None:
+    """The young like even topics more: on the first days of a life and on its last."""
+    life = World(BIG, range(FIRST, FIRST + 1))
+    users = np.arange(len(life.age_U))[life.users_of(FIRST)]
+    z_UK, age_U, old_U = life.interests(FIRST, users), life.age_U[users], FIRST - life.born_U[users]
+    even = (z_UK[:, ::2] ** 2).sum(axis=1)
+    for some in (old_U < 20, old_U > BIG.user_life - 20):
+        assert abs(even[some & (age_U == 0)].mean() - even[some & (age_U == 4)].mean()) > 0.3
+
+
 def test_interests_of_some_are_theirs_among_all(world: World) -> None:
+    there = world.users_of(DAYS[2])
     some = np.array([3, 5, 8, BIG.users - 1])
-    assert np.array_equal(world.interests(2, some), world.interests(2)[some])
+    assert np.array_equal(world.interests(DAYS[2], there.start + some), world.interests(DAYS[2], there)[some])
+    assert np.array_equal(
+        world.interests(np.full(4, DAYS[2]), there.start + some), world.interests(DAYS[2], there)[some]
+    )
 
 
 def test_clicks_follow_todays_interests(world: World, events: pd.DataFrame) -> None:
     last = events[events["timestamp"].dt.day == events["timestamp"].dt.day.max()]
-    user = (last["user_id"].to_numpy() - FIRST_USER) // STRIDE
-    item = (last["item_id"].to_numpy() - FIRST_ITEM) // STRIDE
-    affinity = (world.interests(BIG.days - 1)[user] * world.z_IK[item]).sum(axis=1)
+    affinity = (world.interests(DAYS[-1], users_of(world, last)) * world.z_IK[items_of(world, last)]).sum(axis=1)
     clicked = last["label"].to_numpy() == 1
     assert affinity[clicked].mean() > affinity[~clicked].mean() + 0.1
 
 
-def test_nothing_is_shown_before_it_arrived(world: World, events: pd.DataFrame, items: pd.DataFrame) -> None:
+def test_users_and_items_come_and_go(world: World, events: pd.DataFrame, items: pd.DataFrame) -> None:
+    """So many are there on any day, each for its life; who is not there is not shown."""
     shown = events.merge(items, on="item_id", how="left", validate="many_to_one")
-    assert (shown["timestamp"] >= shown["created_at"]).all()
-    users = world.users().to_pandas()["user_id"]
-    arrival = pd.Series(world.arrival_U, index=users)
-    day = (events["timestamp"] - events["timestamp"].min().floor("D")).dt.days
-    assert (day >= events["user_id"].map(arrival)).all()
-    expected = BIG.new_share * (BIG.days - 1) / BIG.days
-    assert (world.arrival_I > 0).mean() == pytest.approx(expected, abs=0.03)
-    assert (world.arrival_U > 0).mean() == pytest.approx(expected, abs=0.03)
-    late = items.loc[world.arrival_I == BIG.days - 1, "item_id"]
-    assert events["item_id"].isin(late).any()  # who arrives late is shown at last
+    age = shown["timestamp"] - shown["created_at"]
+    assert age.min() >= pd.Timedelta(0) and age.max() < pd.Timedelta(days=BIG.item_life)
+    day = (events["timestamp"] - pd.Timestamp(EPOCH)).dt.days.to_numpy()
+    lived = day - world.born_U[users_of(world, events)]
+    assert lived.min() == 0 and lived.max() == BIG.user_life - 1
+    for at in DAYS:
+        for born, cohorts, life in (
+            (world.born_U, world.user_cohorts, BIG.user_life),
+            (world.born_I, world.item_cohorts, BIG.item_life),
+        ):
+            assert ((born <= at) & (at < born + life)).sum() == cohorts.size == len(cohorts.there(at))
+    far = World(BIG, range(FIRST + 400, FIRST + 401))
+    assert not set(far.items()["item_id"].to_pylist()) & set(items["item_id"])
+    assert not set(far.users()["user_id"].to_pylist()) & set(world.users()["user_id"].to_pylist())
+
+
+def test_fashion_turns_and_never_grows() -> None:
+    days = FIRST, FIRST + 1, FIRST + 30, FIRST + 30_000, -FIRST
+    fashion_DK = []
+    for day in days:
+        there = World(BIG, range(day, day + 1))
+        items = there.items_of(day)
+        fashion_DK.append(there.fashion(day))
+        effect_I = there.z_IK[items] @ fashion_DK[-1]
+        mean = np.average(effect_I, weights=there.weight_I[items])
+        spread = np.average((effect_I - mean) ** 2, weights=there.weight_I[items])
+        assert spread**0.5 == pytest.approx(BIG.fashion, rel=1e-3)
+    like = np.corrcoef(fashion_DK)[0]
+    assert 0.95 < like[1] < 1 and (abs(like[2:]) < 0.75).all()
 
 
 def test_every_day_is_whole_and_in_time_order(world: World) -> None:
-    for day in range(BIG.days):
+    for day in DAYS:
         table = world.day(day).to_pandas()
         assert len(table) == BIG.impressions_per_day
         assert table["timestamp"].is_monotonic_increasing
-        assert (table["timestamp"].dt.floor("D") == pd.Timestamp(BIG.start, tz="UTC") + pd.Timedelta(days=day)).all()
+        assert (table["timestamp"].dt.floor("D") == pd.Timestamp(EPOCH) + pd.Timedelta(days=day)).all()
 
 
 def test_devices_come_in_their_shares(events: pd.DataFrame) -> None:
@@ -152,12 +352,12 @@ def test_devices_come_in_their_shares(events: pd.DataFrame) -> None:
 def test_vectors_are_missing_in_the_configured_share_and_carry_the_topics(world: World) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    for dim, missing in ((24, 0.05), (16, 0.3)):
-        table = world.vectors(dim, missing)
-        assert 1 - len(table) / BIG.items == pytest.approx(missing, abs=0.04)
+    for view, (dim, missing) in enumerate(((24, 0.05), (16, 0.3))):
+        table = world.vectors(dim, missing, view)
+        assert 1 - len(table) / len(world.topics_I) == pytest.approx(missing, abs=0.04)
         x = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, dim)
         assert x.dtype == np.float32
-        topic = world.topics_I[(table["item_id"].to_numpy() - FIRST_ITEM) // STRIDE]
+        topic = world.topics_I[items_of(world, table.select(["item_id"]).to_pandas())]
         half = len(x) // 2
         probe = LogisticRegression(max_iter=500).fit(x[:half], topic[:half])
         assert probe.score(x[half:], topic[half:]) > 0.6  # chance is 1/16
@@ -174,19 +374,31 @@ def test_titles_and_tags_are_words_of_the_items_topic(world: World, items: pd.Da
         assert tags[2] == title.split()[2].lower()
 
 
-def test_ids_are_no_indices(world: World, items: pd.DataFrame, events: pd.DataFrame) -> None:
-    users = world.users().to_pandas()
-    assert items["item_id"].is_unique and users["user_id"].is_unique
-    assert items["item_id"].min() > len(items) and users["user_id"].min() > len(users)
-    assert not set(items["item_id"]) & set(users["user_id"])
-    assert set(events["item_id"]) <= set(items["item_id"]) and set(events["user_id"]) <= set(users["user_id"])
+@pytest.mark.parametrize("ahead", [0, -700_000, 2_900_000], ids=["2024", "the year 107", "the year 9964"])
+def test_ids_are_no_indices(ahead: int) -> None:
+    huge = replace(SIMULATOR, users=5_000_000, items=1_000_000)  # asked for their numbers alone
+    for size, life, first in ((huge.users, huge.user_life, FIRST_USER), (huge.items, huge.item_life, FIRST_ITEM)):
+        there = Cohorts(size, life).there(FIRST + ahead)
+        assert len(there) == size
+        assert size < there.start * STRIDE + first and there.stop * STRIDE + first < 2**53
+    days = range(FIRST + ahead, FIRST + ahead + 2)
+    raw = read("", SIMULATOR, window(days))
+    users, items = (set(table.to_pylist()) for table in (raw.users["user_id"], raw.items["item_id"]))
+    assert len(users) == len(raw.users) and len(items) == len(raw.items)
+    assert set(raw.events["item_id"].to_pylist()) <= items and set(raw.events["user_id"].to_pylist()) <= users
+
+
+def test_no_user_has_the_id_of_an_item() -> None:
+    """On no day: they leave different remainders."""
+    assert FIRST_USER % STRIDE != FIRST_ITEM % STRIDE
 
 
 def test_a_topic_that_has_no_item_yet_breaks_nothing() -> None:
-    few = World(replace(SIMULATOR, items=5, users=4, new_share=0.8))
+    few = World(replace(SIMULATOR, items=5, users=4, item_life=3, user_life=2), DAYS)
     table = draw(few)
-    arrival = few.arrival_I[(table["item_id"].to_numpy() - FIRST_ITEM) // STRIDE]
-    assert (arrival <= np.repeat(np.arange(SIMULATOR.days), SIMULATOR.impressions_per_day)).all()
+    born = few.born_I[items_of(few, table)]
+    day = np.repeat(DAYS, SIMULATOR.impressions_per_day)
+    assert (born <= day).all() and (day < born + 3).all()
 
 
 # ---- MovieLens --------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_the_bytes_in_the_bento_are_those_that_ship(clone: Path) -> None:
 
 def test_what_an_override_goes_on_with_stays_in_the_history(clone: Path) -> None:
     close(clone, "2026-01-12", push=False, smoke={"tag": "ctr-ranker:another"})
-    with pytest.raises(ValueError, match="or give `--override REASON`$") as refused:
+    with pytest.raises(ValueError, match=r"or give `--override REASON`$") as refused:
         promote(clone, "2026-01-12")
     assert "ctr-ranker:qin-2026-01-12 has not passed the smoke test; run the day again" in str(refused.value)
     assert "DVC's remote does not have artifacts/package, checkpoints/qin, checkpoints/refit" in str(refused.value)

@@ -22,6 +22,7 @@ from components.common.dataset import Dataset
 from components.common.scoring import score
 from components.training import refit
 from components.training.refit import RefitConfig
+from components.training.state import State
 from models.checkpoint import CHECKPOINT_FILES, checkpoint_hash, load, save
 from tests.components.training.conftest import Run
 
@@ -47,6 +48,14 @@ class Approved:
             verdict="approve", model="qin", checkpoint_sha256=checkpoint_hash(self.source),
             data_sha256=facts["data_sha256"], reasons=["qin passes all 5 rules"],
         )  # fmt: skip
+
+    def train_as(self, **facts: Any) -> None:
+        """The same weights, with other facts of their training, approved."""
+        old = load(self.source)
+        save(self.root / "other", replace(old, facts=dict(old.facts) | facts))
+        for file in CHECKPOINT_FILES:
+            (self.root / "other" / file).replace(self.source / file)
+        self.judge()
 
     def decide(self, **decision: Any) -> None:
         self.decision = decision
@@ -124,6 +133,42 @@ def test_every_row_is_trained_on_for_the_epochs_that_were_chosen(run, config, mo
     assert all(sorted(rows) == list(range(2600)) for rows in seen.values())
 
 
+def test_it_goes_by_the_rates_that_training_found(run, config, monkeypatch) -> None:
+    approved = Approved(run, config, max_epochs=4, lr=0.02, lr_factor=0.5)
+    facts = dict(load(approved.source).facts)
+    assert len(facts["rates"]) == facts["best_epoch"]
+    planted = [0.02 / (epoch + 1) for epoch in range(facts["best_epoch"])]
+    approved.train_as(rates=planted)
+    used: list[float] = []
+    set_rate = State.set_rate
+
+    def noted(state: State, lr: float) -> None:
+        used.append(lr)
+        set_rate(state, lr)
+
+    monkeypatch.setattr(State, "set_rate", noted)
+    approved()
+    assert used == planted
+
+
+def test_it_begins_where_the_approved_model_began(run, config) -> None:
+    """Both start from a champion and learn next to nothing, so both score as the champion does."""
+    champion = run.root / "champion"
+    run(config(max_epochs=4), "champion")
+    old = load(champion / "qin")
+    save(run.root / "starts/qin/checkpoint", replace(old, facts=dict(old.facts) | {"train_until": None}))
+    write_json(run.root / "starts/qin/start.json", {"champion": "v1.2.0"})
+    run.start = run.root / "starts/qin"
+    approved = Approved(run, config, max_epochs=1, lr=1e-9, min_lr=0.0)
+    assert load(approved.source).facts["warm_start"] == "v1.2.0"
+    ships = approved()
+    assert ships["kind"] == "refit" and ships["checks"][0]["value"] > 0.9999
+    assert load(approved.root / "out/refit").facts["warm_start"] == "v1.2.0"
+    torch.testing.assert_close(
+        approved.logits(approved.root / "out/refit"), approved.logits(champion / "qin"), rtol=0, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.9}], ids=["last weights", "running mean"])
 def test_equal_runs_give_equal_bytes(run, config, changes) -> None:
     approved = Approved(run, config, max_epochs=2, **changes)
@@ -183,14 +228,9 @@ def test_a_refit_that_fails_a_check_does_not_ship(approved, rule, changes) -> No
 
 
 def test_a_refit_that_is_worse_on_the_newest_day_does_not_ship(approved) -> None:
-    """The approved model is replaced by one that training cannot reach in its epochs, at a rate of almost nothing."""
-    old = load(approved.source)
-    trained = old.facts["train"] | {"lr": 1e-9, "min_lr": 0.0}
-    shutil_free = approved.root / "slow"
-    save(shutil_free, replace(old, facts=dict(old.facts) | {"train": trained}))
-    for file in CHECKPOINT_FILES:
-        (shutil_free / file).replace(approved.source / file)
-    approved.judge()
+    """At a rate of almost nothing, it learns almost nothing in the same epochs."""
+    rates = load(approved.source).facts["rates"]
+    approved.train_as(rates=[1e-9] * len(rates))
     ships = approved(config=replace(CONFIG, min_correlation=-1.0, max_calibration_error=1.0))
     judged_ships(approved, ships)
     rise = ships["checks"][2]
@@ -198,11 +238,8 @@ def test_a_refit_that_is_worse_on_the_newest_day_does_not_ship(approved) -> None
 
 
 def test_a_refit_that_diverges_does_not_ship(approved) -> None:
-    old = load(approved.source)
-    save(approved.root / "wild", replace(old, facts=dict(old.facts) | {"train": old.facts["train"] | {"lr": 1e6}}))
-    for file in CHECKPOINT_FILES:
-        (approved.root / "wild" / file).replace(approved.source / file)
-    approved.judge()
+    rates = load(approved.source).facts["rates"]
+    approved.train_as(rates=[1e6] * len(rates))
     ships = approved()
     judged_ships(approved, ships)
     assert ships["checks"] == []
