@@ -207,19 +207,24 @@ def close(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     Where the tag has the same files already, it stays. Else it moves, and the older commit gets run/DAY.1 (.2, …).
     Raises ValueError where the stages have not run, BusyError where the remote cannot be reached.
     """
-    worktree = opened(day).worktree
-    facts = _facts(day, page(day))
+    facts = _facts(opened(day), page(day))
+    commit(day, facts, say)
+    push(day)
+    return tagged(day.root, day.tag) | {"report": str(day.page)}
+
+
+def commit(day: Day, facts: dict[str, Any], say: Say = to_stderr) -> None:
+    """The run's files as one commit on its code, and the tag on it. A kill at any point leaves a tag that is whole."""
+    worktree = day.worktree
     git(worktree, "add", "--force", "--", *RUN_FILES)
     tree = git(worktree, "write-tree")
     if exists(day.root, day.tag) and git(day.root, "rev-parse", f"{day.tag}^{{tree}}") == tree:
         say(f"{day}: the same files as {day.tag} has, so the tag stays")
     else:
         subject = f"run {day}: {facts['verdict']} {facts['model'] or ''}".strip()
-        commit = git(worktree, "commit-tree", tree, "-p", facts["code"], "-m", subject)
-        _tag(day, commit, facts, say)
+        made = git(worktree, "commit-tree", tree, "-p", facts["code"], "-m", subject)
+        _tag(day, made, facts, say)
     git(worktree, "reset", "--quiet", "--soft", day.tag)
-    push(day)
-    return tagged(day.root, day.tag) | {"report": str(day.page)}
 
 
 def page(day: Day) -> dict[str, Any]:
