@@ -62,7 +62,7 @@ class Part:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-                user=self.user, group=self.user,
+                user=self.user, group=self.user, extra_groups=[] if self.user else None,
             )  # fmt: skip
 
     def keep(self) -> None:
