@@ -184,6 +184,7 @@ Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
 
 
 app.command(rich_help_panel=RUNS)(commands.run)
+app.command(rich_help_panel=LIVE)(commands.refresh)
 app.add_typer(commands.day, name="day", rich_help_panel=RUNS)
 
 
