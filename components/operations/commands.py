@@ -61,7 +61,7 @@ def ready(
     name: DayName,
     waited: Annotated[float, typer.Option(min=0, help="Hours that the run has waited so far.")] = 0,
 ) -> None:
-    """Whether the raw files of the day are there: 0 yes, 75 not yet; after run.wait_hours as run.when_missing says."""
+    """Whether the day's raw files are there: 0 yes, 75 not yet; after run.wait_hours as ingest.missing_day says."""
     from components.operations import day as step
 
     step.ready(_named(name), waited)

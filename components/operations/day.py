@@ -50,7 +50,7 @@ from components.operations.locks import hold
 from components.operations.repro import Outcome, Say, repro
 from components.operations.worktree import configure, environment, exists, git, make, settings, uncommitted
 
-PROMOTE, WHEN_MISSING = ("auto", "ask", "never"), ("fail", "go_on")
+PROMOTE = ("auto", "ask", "never")
 LOCK_SECONDS = 600  # what a step waits for a `tidy` that is at work
 RUNS, LOCKS = ".runs", "locks"
 OPENED = ".scratch/run.json"  # of a worktree: the commit that it was opened at
@@ -66,22 +66,18 @@ class RunConfig:
     """promote         auto: an approved model becomes the champion. ask: a person is asked first. never: it only
                     becomes a version
     wait_hours      a run waits this long for raw files of its day that are not there yet
-    when_missing    and then: fail, or go_on without them
     keep_runs       tags of the newest runs that are kept, with their data; versions are always kept
     keep_worktrees  worktrees of ended runs that are kept
     """
 
     promote: str
     wait_hours: float
-    when_missing: str
     keep_runs: int
     keep_worktrees: int
 
     def __post_init__(self) -> None:
         if self.promote not in PROMOTE:
             raise ValueError(f"promote is {self.promote!r}; write {', '.join(PROMOTE[:-1])} or {PROMOTE[-1]}")
-        if self.when_missing not in WHEN_MISSING:
-            raise ValueError(f"when_missing is {self.when_missing!r}; write {' or '.join(WHEN_MISSING)}")
         for name, least in (("wait_hours", 0), ("keep_runs", 1), ("keep_worktrees", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -164,7 +160,7 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
 
 
 def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
-    """Whether the raw files of the day are there. After `run.wait_hours`, `run.when_missing` decides.
+    """Whether the raw files of the day are there. After `run.wait_hours`, `ingest.missing_day` decides.
 
     Raises BusyError where they are not there yet, ValueError where they did not come.
     """
@@ -172,17 +168,17 @@ def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
     from components.data.ingest import IngestConfig
 
     params = day.root / "params.yaml"
-    config = load(params, "run", RunConfig)
-    reason = missing(load(params, "ingest", IngestConfig), day.date)
+    config, ingest = load(params, "run", RunConfig), load(params, "ingest", IngestConfig)
+    reason = missing(ingest, day.date)
     if reason is None:
         return True
     if waited < config.wait_hours:
         raise BusyError(f"{day}: {reason}")
-    if config.when_missing == "fail":
+    if ingest.missing_day == "fail":
         raise ValueError(
-            f"{day}: {reason}, after {waited:g} hours. Deliver it and run the day again, or set run.when_missing: go_on"
+            f"{day}: {reason}, after {waited:g} hours. Bring it and run the day again, or set ingest.missing_day: go_on"
         )
-    say(f"{day}: {reason}, after {waited:g} hours; the run goes on without it (run.when_missing is go_on)")
+    say(f"{day}: {reason}, after {waited:g} hours; the run goes on without it (ingest.missing_day is go_on)")
     return False
 
 

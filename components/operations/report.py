@@ -221,6 +221,8 @@ def models_table(found: dict[str, Any]) -> Content:
 
 
 def data_table(found: dict[str, Any]) -> Content:
+    from components.data.validate import old_data
+
     source, dataset, rows = found["source"], found["dataset"], []
     rules = found["validation"].get("rules", [])
     if source:
@@ -230,6 +232,10 @@ def data_table(found: dict[str, Any]) -> Content:
             ["days", f"{source['days']:,}, {source['first_day']} to {source['last_day']}"],
             ["users, items", f"{source['users']:,} and {source['items']:,}"],
         ]
+        if note := old_data(source):
+            rows.append(["age", note])
+    if unjudged := found["validation"].get("not_judged"):
+        rows.append(["not judged", "; ".join(unjudged)])
     if aside := found["validation"].get("quarantined"):
         rows.append(["rows set aside", ", ".join(f"{count:,} {reason}" for reason, count in aside.items())])
     if rules:

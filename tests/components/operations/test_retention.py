@@ -45,7 +45,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (root / "dvc.yaml").write_text("stages: {}\n")
     (root / ".gitignore").write_text("/.runs/\n/.dvc-remote/\n/.dvc/cache\n/.dvc/tmp\n/.dvc/config.local\n")
     (root / "params.yaml").write_text(
-        yaml.safe_dump({"run": {"promote": "auto", "wait_hours": 1, "when_missing": "fail", "keep_runs": KEPT,
+        yaml.safe_dump({"run": {"promote": "auto", "wait_hours": 1, "keep_runs": KEPT,
                                 "keep_worktrees": 1}})
     )  # fmt: skip
     git(root, "add", "-A")
