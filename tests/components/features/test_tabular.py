@@ -21,8 +21,8 @@ from components.data.validate import ValidateConfig
 from components.features import dataset, embed, features
 from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
-from components.features.views import FeaturesConfig
 from components.features.publish import PublishConfig
+from components.features.views import FeaturesConfig
 from components.release import evaluate, gate, package, smoke
 from components.release.evaluate import EvaluateConfig
 from components.release.gate import GateConfig
