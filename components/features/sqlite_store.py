@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from components.common.live import locked
 from components.features.layout import batches, entity_keys
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def write(
     for setting in ("journal_mode = off", "synchronous = off"):  # the folder is synced before it is named
         db.execute(f"pragma {setting}")
     if like:
-        with closing(sqlite3.connect(like / "online.db")) as old:
+        # A push would wait for the end of the copy, and every reader for the push: so it waits for the lock instead.
+        with locked(like.parents[1]), closing(sqlite3.connect(like / "online.db")) as old:
             old.backup(db)
     written = 0
     for view in views:

@@ -19,7 +19,8 @@ import httpx
 import numpy as np
 
 from components.common.artifacts import read_json, write_json
-from components.features.publish import PublishConfig, drop, fill
+from components.features.online import drop
+from components.features.publish import PublishConfig, fill
 from components.release.server import Served
 
 LATE = "store_unavailable"  # in `degraded`: the online store did not answer in time

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 
+from components.common.live import CURRENT, locked, switch
 from components.features.publish import PublishConfig
 from components.release import package, server, smoke
 from components.release.server import Served
@@ -162,6 +163,41 @@ def test_without_a_store_it_answers_degraded(world: World) -> None:
         with pytest.raises(ValueError, match=r"golden request 0 .*degraded"):  # smoke would not let this pass
             smoke.check_golden(client, golden, answer["version"], 1e-5)
     assert not started()
+
+
+@pytest.mark.slow
+def test_switches_and_restarts_degrade_no_answer(world: World) -> None:
+    """The store that a server began with is gone; its worker is killed, and comes back with the store that serves."""
+    golden = json.loads((world.root / "package" / "golden.json").read_text())
+    version = json.loads((world.root / "package" / "package.json").read_text())["version"]
+    live, stores = world.root, [make_store(world, name) for name in ("first", "second", "third")]
+
+    def serve(store: Path) -> None:
+        with locked(live):
+            switch(live, store=store, why="a test")
+
+    serve(stores[0])
+    served = Served(world.root / "package" / "bento", live / CURRENT / "online", world.root / "server.log")
+    with served.running() as running, running.client() as client:
+        for store in stores:
+            serve(store)
+            for _ in range(20):  # before and after the server has seen it
+                smoke.check_golden(client, golden, version, 1e-5)
+        for store in stores[:2]:
+            shutil.rmtree(store)
+        smoke.check_golden(client, golden, version, 1e-5)
+        (worker,) = (one for one in running.processes() if "worker" in " ".join(one.cmdline()))
+        worker.kill()
+        wait_until(lambda: worker.pid not in {one.pid for one in running.processes() if runs(one)})
+        wait_until(lambda: answers(client))
+        smoke.check_golden(client, golden, version, 1e-5)
+    assert not started()
+
+
+def answers(client: httpx.Client) -> bool:
+    with suppress(httpx.TransportError):
+        return client.get("/readyz").status_code == 200
+    return False
 
 
 @pytest.mark.slow
