@@ -144,24 +144,20 @@ def compare(config: RefitConfig, data: Dataset, approved: Checkpoint, loop: Loop
     rows = data.newest_day
     fitted = build(approved.family, approved.network, data.schema)
     fitted.load_state_dict(loop.state.best)
-    old_B, label_B = (column.double() for column in score(approved.model, data, rows))
-    new_B = score(fitted, data, rows)[0].double()
+    slope, intercept = approved.calibration
+    label_B = data.columns["label"][slice(*rows)].double()
+    old_B, new_B = (slope * score(m, data, rows)[0].double() + intercept for m in (approved.model, fitted))
     rise, error = logloss_rise(new_B, old_B, label_B, data.columns["user"][slice(*rows)].long())
     noise = config.logloss_noise * error
     correlation = float(torch.corrcoef(torch.stack((old_B, new_B)))[0, 1])
     return [
         _rule("correlation", correlation, ">=", config.min_correlation),
-        _rule(
-            "calibration_error",
-            error_of(approved.calibration(new_B), label_B),
-            "<=",
-            config.max_calibration_error,
-        ),
+        _rule("calibration_error", calibration_error(new_B.sigmoid(), label_B), "<=", config.max_calibration_error),
         _rule("logloss_rise", rise, "<=", noise if math.isfinite(noise) else 0.0),
     ]
 
 
-def error_of(score_B: Tensor, label_B: Tensor) -> float:
+def calibration_error(score_B: Tensor, label_B: Tensor) -> float:
     """Mean |predicted - clicked| over BINS bins of the predicted probability, weighted by rows."""
     parts = torch.argsort(score_B, stable=True).tensor_split(BINS)
     return sum(abs(float((score_B[part] - label_B[part]).sum())) for part in parts) / len(score_B)
