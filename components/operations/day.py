@@ -154,7 +154,8 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     settings(root, worktree, day.until)
     from components.release.registry import judge
 
-    write_json(worktree / POINTER, judge(root, live(day), str(day)))
+    if json.loads((worktree / POINTER).read_text()) != (named := judge(root, live(day), str(day))):
+        write_json(worktree / POINTER, named)
     write_json(worktree / OPENED, own)
     say(f"{day}: {worktree.relative_to(root)}, code of {commit[:9]}, data until {day.until:%Y-%m-%d %H:%M} UTC")
     if own["uncommitted"]:
