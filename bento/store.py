@@ -160,6 +160,10 @@ class _Opened:
             for feature in view.features
         }
         self.fetch(0)  # opens the connection, outside of any request's time limit
+        if config.online_store.type == "sqlite":
+            # Feast's objects lie in circles, so the file of a store that was dropped would stay on the disk
+            online: Any = self.store._get_provider().online_store
+            weakref.finalize(self, online._get_conn(self.store.config).close)
 
     def fetch(self, user_id: int) -> dict[str, Any]:
         return served(self.store, self.service, {"user_id": user_id}, self.ttl, time())

@@ -48,7 +48,7 @@ FILES = {
     "validation": "report.json, as `validate` writes it; the data must have passed.",
     "docs": "Where Great Expectations' Data Docs go.",
     "embedding": "The item vectors, as `embed` writes them.",
-    "features": "Feast's sources and stores, as `features` writes them.",
+    "features": "The tables of Feast's views, as `features` writes them.",
     "repo": "The Feast repo's folder.",
     "dataset": "The training set, as `dataset` writes it.",
     "pointer": "champion.json, which names the version that serves now.",
@@ -184,6 +184,7 @@ Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
 
 
 app.command(rich_help_panel=RUNS)(commands.run)
+app.command(rich_help_panel=LIVE)(commands.refresh)
 app.add_typer(commands.day, name="day", rich_help_panel=RUNS)
 
 
@@ -199,6 +200,23 @@ def push() -> None:
     from components.operations import push as step
 
     step.run(live_folder())
+
+
+@app.command(rich_help_panel=LIVE)
+def publish(
+    features: Features = Path("data/features"), repo: Repo = Path("feature_repo"), params: Params = PARAMS
+) -> None:
+    """The newest features into what serves: a new online store, whole, with the clicks that were pushed; then a switch.
+
+    Nothing is trained, and the model stays. What serves newer data, or the same, is left alone.
+    """
+    from components.common.config import load
+    from components.common.live import live_folder
+    from components.features import publish as step
+
+    config = load(params, "publish", step.PublishConfig)
+    if deployed := step.publish(config, features, repo, live_folder(), "publish"):
+        console.print(f"{deployed.store.name} serves" if deployed.store else "")
 
 
 @app.command(rich_help_panel=REPORTS)
@@ -255,9 +273,10 @@ def use(
     raw: Annotated[str | None, typer.Option(help="The path that the source reads, or for files a URL.")] = None,
     params: Params = PARAMS,
 ) -> None:
-    """Point the pipeline at a source: looks at its files, says what they hold, and writes two keys of params.yaml.
+    """Point the pipeline at a source: looks at its files, says what they hold, and writes it into params.yaml.
 
-    The keys are ingest.source and ingest.raw. Where the files are wrong, nothing is written.
+    The keys are source, raw, until (the end of its newest day) and window_days of ingest. Where the files are wrong,
+    nothing is written.
     """
     from components.data import use as step
 

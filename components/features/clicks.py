@@ -86,13 +86,12 @@ def parts(live: Path) -> list[Path]:
     return sorted((live / CLICKS).glob("*.clicks"))
 
 
-def trim(live: Path, log_until: datetime) -> int:
-    """Drop the parts without a click after `log_until`: the click log of the store that serves holds them, or knows
-    better. The newest part stays, as it numbers the batches. Returns how many were dropped."""
-    old = [part for part in parts(live)[:-1] if not (_read(part)[0]["us"] > micros(log_until)).any()]
-    for part in old:
-        part.unlink()
-    return len(old)
+def trim(live: Path, until: int) -> None:
+    """Drop the parts without a click after `until`, the log_until of the store that serves: its log holds them, or
+    knows better. The newest part stays, as it numbers the batches."""
+    for part in parts(live)[:-1]:
+        if not (_read(part)[0]["us"] > until).any():
+            part.unlink()
 
 
 def micros(time: datetime) -> int:

@@ -37,6 +37,16 @@ def run(
     step.run(Path.cwd(), name, first, last, jobs=jobs, promote=promote)
 
 
+def refresh(
+    until: Annotated[str | None, typer.Option(help="ISO time; without it, the last full hour.")] = None,
+) -> None:
+    """The features of now into what serves, without training; only what changed. Airflow does it every hour."""
+    from components.common.config import parse_time
+    from components.operations import refresh as step
+
+    _facts(step.run(Path.cwd(), parse_time("--until", until) if until else step.the_hour()))
+
+
 @day.command("open")
 def open_(name: DayName) -> None:
     """Make the worktree .runs/DAY at the code of this commit, with the settings of this work tree."""

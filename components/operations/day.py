@@ -249,6 +249,7 @@ def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:
         "verdict": decision["verdict"],
         "model": decision["model"],
         "reasons": decision["reasons"],
+        "night": decision["night"],
         "auc": aucs.get(decision["model"]) or max(aucs.values(), default=None),
         "rows": source["impressions"],
         "late": late(day),

@@ -136,6 +136,7 @@ class Histories:
             self.folder, self.store = deployed.store, journal.open_store(deployed.store)
             if given := journal.catch_up(self.live, self.folder, self.store):
                 _print(f"push: gave {self.folder} the {given:,} clicks of the journal that it did not have")
+            journal.trim(self.live, journal.log_until(self.folder))
             self.known = set(keys(journal.read(self.live)))
 
 

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +19,7 @@ import httpx
 import numpy as np
 
 from components.common.artifacts import read_json, write_json
+from components.features.publish import PublishConfig, drop, fill
 from components.release.server import Served
 
 LATE = "store_unavailable"  # in `degraded`: the online store did not answer in time
@@ -41,8 +45,13 @@ class SmokeConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[str, Any]:
+def run(
+    config: SmokeConfig, publish: PublishConfig, package: Path, features: Path, repo: Path, output: Path
+) -> dict[str, Any]:
     """Returns smoke.json and what was measured, which is no output: equal runs write equal bytes.
+
+    The online store is the test's own, with the users that it asks for: what is published or pushed meanwhile changes
+    nothing here, and nothing of the test stays in a store that serves.
 
     Raises ValueError that names the request, what was expected and what came.
     """
@@ -57,8 +66,12 @@ def run(config: SmokeConfig, package: Path, repo: Path, output: Path) -> dict[st
             f"{built['max_candidates']}; do not ask for more than the server takes"
         )
     golden = read_json(package / "golden.json", "package")
-    served = Served(package / "bento", repo, output.with_name("server.log"))
-    with served.running() as server, server.client() as client:
+    with ExitStack() as stack:
+        users = {case["request"]["user_id"] for case in golden}
+        store = stack.enter_context(own_store(publish, features, repo, users))
+        served = Served(package / "bento", store, output.with_name("server.log"))
+        server = stack.enter_context(served.running())
+        client = stack.enter_context(server.client())
         figures = check_golden(client, golden, built["version"], config.tolerance)
         report = {
             "served": True,
@@ -95,6 +108,18 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
         "latency": f"p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms",
         "memory": f"{figures['memory_mib']:,.0f} MiB at most",
     }
+
+
+@contextmanager
+def own_store(config: PublishConfig, features: Path, repo: Path, users: set[int]) -> Iterator[Path]:
+    """An online store of these users, dropped when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="clickloop-smoke-") as scratch:
+        store = Path(scratch, "store")
+        fill(config, features, repo, store, users)
+        try:
+            yield store
+        finally:
+            drop(store)
 
 
 # ---- the checks -------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def run(
             "train_until": data.midnight("ends"),
             "refit_of": judged["checkpoint_sha256"],
         }
-        write_best(output, name, loop, data, known)
+        write_best(output, name, loop, data, known, approved.calibration)  # no row is left to fit it on
     else:
         with new_folder(output) as folder:
             for file in CHECKPOINT_FILES:
@@ -151,12 +151,17 @@ def compare(config: RefitConfig, data: Dataset, approved: Checkpoint, loop: Loop
     correlation = float(torch.corrcoef(torch.stack((old_B, new_B)))[0, 1])
     return [
         _rule("correlation", correlation, ">=", config.min_correlation),
-        _rule("calibration_error", calibration_error(new_B.sigmoid(), label_B), "<=", config.max_calibration_error),
+        _rule(
+            "calibration_error",
+            error_of(approved.calibration(new_B), label_B),
+            "<=",
+            config.max_calibration_error,
+        ),
         _rule("logloss_rise", rise, "<=", noise if math.isfinite(noise) else 0.0),
     ]
 
 
-def calibration_error(score_B: Tensor, label_B: Tensor) -> float:
+def error_of(score_B: Tensor, label_B: Tensor) -> float:
     """Mean |predicted - clicked| over BINS bins of the predicted probability, weighted by rows."""
     parts = torch.argsort(score_B, stable=True).tensor_split(BINS)
     return sum(abs(float((score_B[part] - label_B[part]).sum())) for part in parts) / len(score_B)

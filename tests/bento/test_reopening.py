@@ -1,140 +1,184 @@
-"""A server that keeps reading while `features` makes the stores anew. tests/components checks what is in a row."""
+"""A server that keeps reading while its link is switched to other stores. tests/components checks what is in a row."""
 
 from __future__ import annotations
 
 import shutil
 import sqlite3
-from datetime import datetime, timedelta
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from feast import FeatureStore
-from feast.infra.registry import registry
 
 from bento import store
-from bento.store import OnlineFeatures, feast_reader
-from tests.bento.world import ITEM_IDS, USER_IDS, World, end_run, fill_store, make_store, make_world
+from bento.store import OnlineFeatures, Reader
+from tests.bento.world import ITEM_IDS, USER_IDS, World, make_store, make_world
 
 USER = USER_IDS[3]
+OLD, NEW = ITEM_IDS[:2], ITEM_IDS[5:8]  # histories
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two stores."""
+    world = make_world(tmp_path_factory.mktemp("reopening"))
+    file = world.features / "sources" / "user_history.parquet"
+    table = pq.read_table(file)
+    for name, items in (("old", OLD), ("new", NEW)):
+        lists = pa.array([items] * len(table), pa.list_(pa.int64()))
+        pq.write_table(table.set_column(1, "history", lists), file)
+        make_store(world, name)
+    return world
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return make_world(tmp_path)
+def live(filled: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A live folder that serves the old store; `live/current/online` is what a server reads."""
+    monkeypatch.setattr(store, "LOOK", 0.02)
+    shutil.copytree(filled.root / "stores", tmp_path / "stores")
+    switch(tmp_path, "old")
+    return tmp_path
 
 
-def rewrite_histories(world: World, items: list[int]) -> None:
-    """Every user's history, in the source."""
-    file = world.features / "sources" / "user_history.parquet"
-    table = pq.read_table(file)
-    lists = pa.array([items] * len(table), pa.list_(pa.int64()))
-    pq.write_table(table.set_column(1, "history", lists), file)
+def switch(live: Path, name: str) -> None:
+    """By one rename, as production does."""
+    deployed = live / "deployed" / f"{time.time_ns()}"
+    deployed.mkdir(parents=True)
+    (deployed / "online").symlink_to(f"../../stores/{name}")
+    (live / "next").symlink_to(deployed.relative_to(live))
+    (live / "next").replace(live / "current")
 
 
-def drop_stores(world: World) -> None:
-    """As the stage begins: nothing of the run before is left."""
-    for name in ("receipt.json", "registry.db", "online.db"):
-        (world.features / name).unlink(missing_ok=True)
+def read(live: Path) -> Reader:
+    return Reader(str(live / "current" / "online"))
 
 
-def test_a_store_made_anew_is_served_once_it_is_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewrite_histories(world, ITEM_IDS[:2])
-    repo = make_store(world)
-    fetch = feast_reader(str(repo))
-    assert fetch is not None
-    assert fetch(USER)["history"] == ITEM_IDS[:2]
-
-    later = datetime.now().astimezone() + timedelta(hours=1)
-    monkeypatch.setattr(registry, "_utc_now", lambda: later)  # no cache of Feast's is young enough
-    drop_stores(world)
-    assert fetch(USER)["history"] == ITEM_IDS[:2]
-    assert not (world.features / "registry.db").exists()  # Feast makes one where it opens none
-    (world.features / "registry.db").write_bytes(b"half a registry")
-    assert fetch(USER)["history"] == ITEM_IDS[:2]
-    drop_stores(world)
-    rewrite_histories(world, ITEM_IDS[5:8])
-    fill_store(world, repo)
-    assert fetch(USER)["history"] == ITEM_IDS[:2]  # there, and nobody has said that it is whole
-    end_run(world)
-    assert fetch(USER)["history"] == ITEM_IDS[5:8]
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_server_started_while_the_stage_is_at_work(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    rewrite_histories(world, ITEM_IDS[:2])
-    repo = make_store(world)
-    drop_stores(world)
-    fetch = feast_reader(str(repo))
-    assert any(f"opened once `features` has written {repo}" in message for message in caplog.messages)
+def test_a_new_store_is_served_and_the_old_folder_may_go(live: Path) -> None:
+    fetch = read(live)
+    assert fetch(USER)["history"] == OLD
+    switch(live, "new")
+    shutil.rmtree(live / "stores" / "old")
+    seen = []
+    wait_for(lambda: seen.append(fetch(USER)["history"]) or seen[-1] == NEW)
+    assert all(history == OLD for history in seen[:-1])
+    assert fetch(USER)["history"] == NEW
+
+
+def test_reads_go_on_while_a_store_is_opened(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch, opening, go_on, real = read(live), threading.Event(), threading.Event(), store._Opened
+
+    def slow(*given: Any) -> Any:
+        opening.set()
+        assert go_on.wait(300)
+        return real(*given)
+
+    monkeypatch.setattr(store, "_Opened", slow)
+    switch(live, "new")
+    assert opening.wait(300)
+    for _ in range(20):
+        assert fetch(USER)["history"] == OLD
+    go_on.set()
+    wait_for(lambda: fetch(USER)["history"] == NEW)
+
+
+def test_a_push_and_the_same_store_open_nothing(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = read(live)
+    opened: list[Any] = []
+    monkeypatch.setattr(store, "_Opened", lambda *given: opened.append(given))
+    with sqlite3.connect(live / "stores" / "old" / "online.db") as db:
+        db.execute("create table other (x)")
+    switch(live, "old")  # another release, with the store that serves
+    fetch.look()
+    assert opened == []
+    receipt = live / "stores" / "old" / "receipt.json"  # a folder that took the place of another
+    shutil.copy(receipt, receipt.with_name("again"))
+    receipt.with_name("again").replace(receipt)
+    wait_for(lambda: bool(opened))
+
+
+@pytest.mark.parametrize("missing", ["registry.db", "online.db", None])
+def test_what_cannot_be_opened_leaves_what_was_there(
+    live: Path, missing: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch, broken = read(live), live / "stores" / "broken"
+    shutil.copytree(live / "stores" / "new", broken)
+    if missing:
+        (broken / missing).unlink()
+    else:
+        (broken / "online.db").write_bytes(b"no store")
+    switch(live, "broken")
+    shutil.rmtree(live / "stores" / "old")
+    wait_for(lambda: "the old one is served" in caplog.text)
+    for _ in range(10):
+        fetch.look()
+        assert fetch(USER)["history"] == OLD
+    assert sum("cannot be opened" in message for message in caplog.messages) == 1
+    assert not missing or not (broken / missing).exists()  # Feast would make it
+    switch(live, "new")
+    wait_for(lambda: fetch(USER)["history"] == NEW)
+
+
+def test_a_server_started_before_there_is_a_store(live: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (live / "current").unlink()
+    fetch = read(live)
+    assert any("is no store yet" in message for message in caplog.messages)
     online = OnlineFeatures(fetch, timeout=600)
     assert online.read(USER).reason == "store_unavailable"
-    end_run(world)  # as `dvc checkout` may bring it before the rest
-    assert online.read(USER).reason == "store_unavailable"
-    assert sorted(file.name for file in world.features.iterdir()) == ["receipt.json", "sources"]  # Feast made nothing
-    drop_stores(world)
-    fill_store(world, repo)
-    assert online.read(USER).reason == "store_unavailable"  # there, and nobody has said that it is whole
-    end_run(world)
-    assert online.read(USER).history == ITEM_IDS[:2]
+    switch(live, "new")
+    wait_for(lambda: fetch.opened is not None)
+    assert online.read(USER).history == NEW
 
 
 def test_a_store_that_comes_up_after_the_server_is_tried_again(
-    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    live: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Redis is not up yet")
 
     clock = 0.0
     monkeypatch.setattr(store, "monotonic", lambda: clock)
-    repo = make_store(world)
+    monkeypatch.setattr(store, "LOOK", 300)
     with monkeypatch.context() as patch:
         patch.setattr(FeatureStore, "get_online_features", unreachable)
-        online = OnlineFeatures(feast_reader(str(repo)), timeout=600)
+        fetch = read(live)
         for _ in range(3):
-            assert online.read(USER).reason == "store_unavailable"
+            fetch.look()
+            with pytest.raises(LookupError, match="no online store is open"):
+                fetch(USER)
         assert sum("cannot be opened" in message for message in caplog.messages) == 1
     clock = store.AGAIN
-    assert online.read(USER).history
+    fetch.look()
+    assert fetch(USER)["history"] == OLD
 
 
-def test_a_store_that_takes_the_place_of_another_is_served(world: World) -> None:
-    """As `dvc checkout` does: the receipt stays, or comes first."""
-    rewrite_histories(world, ITEM_IDS[:2])
-    repo = make_store(world)
-    fetch = feast_reader(str(repo))
-    assert fetch is not None
-    with sqlite3.connect(world.features / "online.db") as db:  # a push changes the file, and does not replace it
-        db.execute("create table other (x)")
-    opened: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_Opened", lambda repo: opened.append(repo))
-        fetch(USER)
-    assert opened == []
-    shutil.copy(world.features / "online.db", world.features / "kept.db")
-    (world.features / "kept.db").replace(world.features / "online.db")
-    with sqlite3.connect(world.features / "online.db") as db:
-        for (table,) in db.execute("select name from sqlite_master where name like '%user_history'").fetchall():
-            db.execute(f'delete from "{table}"')
-    assert fetch(USER)["history"] is None
+def test_a_store_that_serves_no_more_gives_its_room_back(live: Path) -> None:
+    """A deleted file takes room on the disk while it is open."""
+    fetch = read(live)
+    assert fetch(USER)["history"] == OLD
+    file = (live / "stores" / "old" / "online.db").resolve()
+    assert str(file) in open_files()
+    switch(live, "new")
+    wait_for(lambda: fetch(USER)["history"] == NEW)
+    wait_for(lambda: str(file) not in open_files())  # the collector is not asked: a server freezes what it has
+    threads = {one for one in threading.enumerate() if one.name == "online-store-switch"}
+    before = {one for one in threads if one.is_alive()}
+    assert before
+    fetch = None  # type: ignore[assignment]
+    wait_for(lambda: not all(one.is_alive() for one in before))
 
 
-def test_what_cannot_be_opened_leaves_what_was_there(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    repo = make_store(world)
-    fetch = feast_reader(str(repo))
-    assert fetch is not None
-    before = fetch(USER)
-    assert before["history"]
-    drop_stores(world)
-    (world.features / "registry.db").write_bytes(b"no registry")
-    (world.features / "online.db").write_bytes(b"no store")
-    end_run(world)
-    for _ in range(3):
-        assert fetch(USER) == before
-    assert sum("cannot be opened" in message for message in caplog.messages) == 1
-    drop_stores(world)
-    rewrite_histories(world, ITEM_IDS[5:8])
-    fill_store(world, repo)
-    end_run(world)
-    assert fetch(USER)["history"] == ITEM_IDS[5:8] != before["history"]
+def open_files() -> set[str]:
+    return {file.path for file in psutil.Process().open_files()}

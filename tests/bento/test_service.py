@@ -235,5 +235,5 @@ def test_an_endless_body_is_not_read_to_its_end() -> None:
 
 
 def test_a_store_that_cannot_be_opened(tmp_path: Path) -> None:
-    for repo in (None, "", str(tmp_path)):  # not named; empty; no Feast repo
-        assert OnlineFeatures(feast_reader(repo), timeout=1).read(1).reason == "store_unavailable"
+    for path in (None, "", str(tmp_path)):  # not named; empty; no store
+        assert OnlineFeatures(feast_reader(path), timeout=1).read(1).reason == "store_unavailable"

@@ -188,30 +188,18 @@ def _write_sources(folder: Path, rng: torch.Generator) -> None:
         views=pa.array(views.flatten().tolist()),
         clicks=pa.array((views // 5).flatten().tolist()),
     )
+    log = pa.table({"user_id": [USER_IDS[0]], "item_id": [ITEM_IDS[0]], "us": [int(early.timestamp() * 1e6)]})
+    pq.write_table(log, folder.parent / "click_log.parquet")
+    until = {name: late.isoformat() for name in ("until", "log_until", "known_until")}
+    (folder.parent / "receipt.json").write_text(json.dumps({**until, "history_length": LENGTH}))
     vectors = pa.array([[0.0] * WIDTH] * ITEMS, pa.list_(pa.float32()))
     write("item_embedding", [early] * ITEMS, item_id=pa.array(ITEM_IDS), embedding=vectors)
 
 
-def make_store(world: World) -> Path:
-    """The Feast repo, its SQLite store filled by the definitions that production applies."""
-    fill_store(world, world.repo)
-    end_run(world)
-    return world.repo
+def make_store(world: World, name: str = "store") -> Path:
+    """A store folder, as production publishes it."""
+    from components.features.publish import PublishConfig, fill
 
-
-def fill_store(world: World, repo: Path) -> None:
-    """What `features` does once the sources are written."""
-    from components.features.store import apply, feature_store
-
-    with feature_store(repo) as store:
-        apply(store, world.features)
-        store.materialize(
-            start_date=datetime(2000, 1, 1, tzinfo=UTC),
-            end_date=datetime(2026, 2, 1, tzinfo=UTC),
-            feature_views=["user_profile", "user_history"],
-        )
-
-
-def end_run(world: World) -> None:
-    """What `features` writes last: the stores are whole."""
-    (world.features / "receipt.json").write_text("{}")
+    store = world.root / "stores" / name
+    fill(PublishConfig(online_sample=5, keep=1), world.features, world.repo, store)
+    return store

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +83,6 @@ class Live:
         with locked(self.live):
             clicks.replay(self.live, store)
             switch(self.live, store=store, why="a test", keep=PUBLISH.keep)
-            until = json.loads((store / "receipt.json").read_text())["log_until"]
-            clicks.trim(self.live, datetime.fromisoformat(until))
         return store
 
     def reader(self) -> Reader:

@@ -178,7 +178,8 @@ def test_a_stage_notes_its_cost_and_its_error(tmp_path, monkeypatch, capsys) -> 
     monkeypatch.chdir(tmp_path)
     note = tmp_path / ".scratch/stages/smoke.json"
     (tmp_path / "package.json").write_text("{")
-    call = ["smoke", "--package", ".", "--repo", "r", "--output", "smoke.json", "--params", str(ROOT / "params.yaml")]
+    files = {"package": ".", "features": "f", "repo": "r", "output": "smoke.json", "params": str(ROOT / "params.yaml")}
+    call = ["smoke", *(word for name, path in files.items() for word in (f"--{name}", path))]
     assert program.main(call) == 1
     assert "package.json is not whole" in json.loads(note.read_text())["error"]
     (tmp_path / "package.json").write_text('{"built": false, "reason": ["auc"]}')

@@ -138,7 +138,7 @@ def pages(docs: Path) -> str:
 
 def test_clean_data_passes_every_rule(passed: Judged, clean: Path) -> None:
     assert passed.error == "" and passed.report["passed"] is True and passed.broken == set()
-    tables = {"events", "days", "figures", "columns", "items", "users", "quarantine", "freshness"}
+    tables = {"events", "days", "figures", "columns", "items", "users", "quarantine", "freshness", "newest day"}
     tables |= {f"{kind} {name}" for kind in ("modality", "coverage", "new items") for name in ("text", "image")}
     assert {rule["table"] for rule in passed.report["rules"]} == tables == passed.report["rows"].keys()
     assert passed.report["rows"]["events"] == Canonical(clean).events().num_rows

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +24,12 @@ SPARK = "feast.infra.offline_stores.contrib.spark_offline_store.spark"
 JOIN = ("config", "feature_views", "feature_refs", "entity_df", "registry", "project", "full_feature_names",
         "filter_by_created_timestamp")  # fmt: skip
 RELIED_ON: dict[tuple[str, str], tuple[str, ...]] = {
-    # components/features: the online store behind a provider, its connection, Redis's keys
+    # components/features: the online store behind a provider, its connection to Redis, Redis's keys
     ("feast", "FeatureStore._get_provider"): ("self",),
-    ("feast.infra.online_stores.sqlite", "SqliteOnlineStore._get_conn"): ("self", "config"),
     ("feast.infra.online_stores.redis", "RedisOnlineStore._get_client"): ("self", "online_store_config"),
     ("feast.infra.online_stores.helpers", "_mmh3"): ("key",),
     ("feast.infra.online_stores.helpers", "_redis_key_prefix"): ("entity_keys",),
+    ("feast.infra.key_encoding_utils", "serialize_entity_key"): ("entity_key", "entity_key_serialization_version"),
     ("feast.repo_operations", "parse_repo"): ("repo_root",),
     # bento/store.py
     ("feast.repo_config", "load_repo_config"): ("repo_path", "fs_yaml_file"),
@@ -88,7 +90,7 @@ def test_the_parts_of_a_view_and_of_a_job_that_the_join_reads() -> None:
 
 
 def test_the_layout_of_a_redis_key() -> None:
-    """What names the entity, the id's type and length (4 bytes each), the id, and the project: `forget` reads it."""
+    """What names the entity, the id's type and length (4 bytes each), the id, and the project: `forget_redis` reads it."""
     from feast.infra.online_stores.helpers import _redis_key, _redis_key_prefix
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
@@ -98,6 +100,27 @@ def test_the_layout_of_a_redis_key() -> None:
     assert key.startswith(prefix) and key.endswith(b"clickloop")
     assert len(key) == len(prefix) + 16 + len("clickloop")
     assert int.from_bytes(key[len(prefix) + 8 :][:8], "little") == 7
+
+
+def test_the_layout_of_sqlites_tables(tmp_path: Path) -> None:
+    """`sqlite_store` makes the table anew from Feast's own words, as one tree by its primary key."""
+    from feast import Entity, FeatureView, Field, FileSource, RepoConfig, ValueType
+    from feast.infra.online_stores.sqlite import SqliteOnlineStore
+    from feast.types import Int64
+
+    store = {"type": "sqlite", "path": str(tmp_path / "online.db")}
+    config = RepoConfig(
+        project="p", provider="local", registry="r.db", online_store=store, entity_key_serialization_version=3
+    )
+    user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+    source = FileSource(name="a", path="a.parquet", timestamp_field="at")
+    view = FeatureView(name="v", entities=[user], source=source, schema=[Field(name="n", dtype=Int64)])
+    SqliteOnlineStore().update(config, [], [view], [], [user], partial=False)
+    with closing(sqlite3.connect(tmp_path / "online.db")) as db:
+        columns = db.execute("pragma table_info(p_v)").fetchall()
+    names = ["entity_key", "feature_name", "value", "value_text", "vector_value", "event_ts", "created_ts"]
+    assert [column[1] for column in columns] == names
+    assert [column[1] for column in columns if column[5]] == ["entity_key", "feature_name"]  # the primary key
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:

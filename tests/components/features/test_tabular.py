@@ -21,6 +21,7 @@ from components.data.validate import ValidateConfig
 from components.features import dataset, embed, features
 from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
+from components.features.publish import PublishConfig
 from components.features.views import FeaturesConfig
 from components.release import evaluate, gate, package, smoke
 from components.release.evaluate import EvaluateConfig
@@ -108,7 +109,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         load(params, "package", PackageConfig), shipped, ships, made.dataset, made.features, made.repo, built
     )  # fmt: skip
     asked = replace(load(params, "smoke", SmokeConfig), latency_requests=20)
-    served = smoke.run(asked, built, made.repo, made.root / "smoke.json")
+    published = load(params, "publish", PublishConfig)
+    served = smoke.run(asked, published, built, made.features, made.repo, made.root / "smoke.json")
     return World(made, decided, refitted, served)
 
 

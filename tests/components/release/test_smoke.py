@@ -17,13 +17,15 @@ import psutil
 import pytest
 import yaml
 
+from components.features.publish import PublishConfig
 from components.release import package, server, smoke
 from components.release.server import Served
 from components.release.smoke import SmokeConfig
-from tests.bento.world import ITEM_IDS, USER_IDS, World, make_store, make_world
+from tests.bento.world import ITEM_IDS, USER_IDS, World, make_world
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = SmokeConfig(tolerance=1e-5, latency_requests=5, latency_candidates=20)
+PUBLISH = PublishConfig(online_sample=5, keep=1)
 
 
 MARK = "CLICKLOOP_SMOKE_TEST"  # in the environment of every process that these tests start, and of its children
@@ -70,7 +72,7 @@ def test_config_names_the_key(bad: dict) -> None:
 
 def test_nothing_built_is_nothing_served(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text(json.dumps({"built": False, "reason": ["auc"]}))
-    found = smoke.run(CONFIG, tmp_path, tmp_path, tmp_path / "smoke.json")
+    found = smoke.run(CONFIG, PUBLISH, tmp_path, tmp_path, tmp_path, tmp_path / "smoke.json")
     assert found == {"served": False, "reason": ["auc"]}
     assert smoke.summary(found) == {"served": "nothing: the gate rejected", "reasons": "auc"}
     assert json.loads((tmp_path / "smoke.json").read_text()) == found
@@ -133,9 +135,8 @@ def test_a_bad_request_that_is_not_refused(status: int) -> None:
 
 @pytest.mark.slow
 def test_smoke_serves_the_bento_with_its_store(world: World) -> None:
-    repo = make_store(world)
     output = world.root / "smoke.json"
-    found = smoke.run(CONFIG, world.root / "package", repo, output)
+    found = smoke.run(CONFIG, PUBLISH, world.root / "package", world.features, world.repo, output)
     figures = smoke.measured(found)
     assert json.loads(output.read_text()) | {"measured": figures} == found
     assert found["served"] and found["passed"]
@@ -180,8 +181,9 @@ def test_a_damaged_bento_does_not_get_ready(world: World) -> None:
 def test_a_killed_smoke_leaves_no_server(world: World, tmp_path: Path, number: signal.Signals) -> None:
     """The command that production runs, killed once its server has a worker."""
     params = tmp_path / "params.yaml"
-    params.write_text(yaml.safe_dump({"smoke": asdict(CONFIG)}))
-    paths = {"package": world.root / "package", "repo": tmp_path, "output": tmp_path / "smoke.json", "params": params}
+    params.write_text(yaml.safe_dump({"smoke": asdict(CONFIG), "publish": asdict(PUBLISH)}))
+    paths = {"package": world.root / "package", "features": world.features, "repo": world.repo}
+    paths |= {"output": tmp_path / "smoke.json", "params": params}
     words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     log = tmp_path / "smoke.log"
     with log.open("wb") as opened:
