@@ -113,7 +113,7 @@ def uncommitted(root: Path) -> list[str]:
     """Code of the work tree that no commit has yet, so that no run takes it."""
     code = {Path(dep).parts[0] for stage in pipeline.read(root).stages.values() for dep in stage.deps}
     paths = sorted({"dvc.yaml", *code} - {"champion.json"})
-    return [line[3:] for line in git(root, "status", "--porcelain", "--", *paths).splitlines()]
+    return [line.split(maxsplit=1)[1] for line in git(root, "status", "--porcelain", "--", *paths).splitlines()]
 
 
 def configure(root: Path, worktree: Path) -> None:
