@@ -6,6 +6,7 @@ relative path from the worktree's own folder. Outputs are links into the cache, 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -53,6 +54,8 @@ def git(folder: Path, *arguments: str) -> str:
         if not done.returncode:
             return done.stdout.strip()
         said = done.stderr.strip()
+        if os.strerror(errno.ENOSPC) in said:
+            raise BusyError(f"git {' '.join(arguments)}: the disk is full")
         locked = ".lock'" in said or "cannot lock ref" in said
         if not locked:
             raise ValueError(f"git {' '.join(arguments)}: {said}")
