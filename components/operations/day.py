@@ -57,6 +57,10 @@ OPENED = ".scratch/run.json"  # of a worktree: the commit that it was opened at
 RUN_FILES = ("dvc.lock", "params.yaml", POINTER)  # what the commit of a run adds to the code
 
 
+# Facts of `ship` where nothing was done
+NOTHING: dict[str, Any] = {"version": None, "promoted": False, "published": False, "champion": None}
+
+
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -150,7 +154,8 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     settings(root, worktree, day.until)
     from components.release.registry import judge
 
-    write_json(worktree / POINTER, judge(root, live(day), str(day)))
+    if json.loads((worktree / POINTER).read_text()) != (named := judge(root, live(day), str(day))):
+        write_json(worktree / POINTER, named)
     write_json(worktree / OPENED, own)
     say(f"{day}: {worktree.relative_to(root)}, code of {commit[:9]}, data until {day.until:%Y-%m-%d %H:%M} UTC")
     if own["uncommitted"]:
@@ -315,15 +320,18 @@ def ship(
         raise ValueError(f"{day}: there is no tag {day.tag}; run `python -m components day close {day}`")
     facts = tagged(day.root, day.tag)
     newest = max(closed(day.root))
-    found: dict[str, Any] = {"version": None, "promoted": False, "published": False, "champion": None}
-    if promote is None and day.date < newest:
+    if promote in (None, "never") and day.date < newest:
         say(f"{day}: {newest} is closed already, so this run promotes and publishes nothing")
-        return found | {"why": f"{newest} is newer"}
+        return NOTHING | {"why": f"{newest} is newer"}
+    with hold(day.runs / LOCKS / "ship.lock", f"{day}: ship", wait=LOCK_SECONDS):  # versions are numbered one by one
+        return _ship(day, facts, promote or config.promote, who, why, say)
 
+
+def _ship(day: Day, facts: dict[str, Any], mode: str, who: str, why: str, say: Say) -> dict[str, Any]:
     from components.common.live import current
     from components.release import registry, versions
 
-    mode, folder = promote or config.promote, live(day)
+    folder, found = live(day), dict(NOTHING)
     if facts["verdict"] != "approve":
         why_not = "the gate rejected: " + "; ".join(facts["reasons"])
     else:

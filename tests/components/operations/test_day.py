@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,6 +98,16 @@ def test_an_open_that_was_killed_is_opened_again(project: Project, at: str, when
     module.open_(day, lambda line: None)
     assert git(day.worktree, "status", "--porcelain") == "M params.yaml"
     assert (day.worktree / module.OPENED).is_file()
+
+
+def test_days_that_open_at_the_same_time_do_not_meet(project: Project) -> None:
+    days = [Day.of(project.root, f"2026-04-0{n}") for n in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda day: module.open_(day, lambda line: None), days))
+    for day in days:
+        until = yaml.safe_load((day.worktree / "params.yaml").read_text())["ingest"]["until"]
+        assert until == day.until.isoformat()
+        assert git(day.worktree, "status", "--porcelain") == "M params.yaml"
 
 
 def test_a_second_open_keeps_what_the_stages_made(project: Project) -> None:
