@@ -22,7 +22,7 @@ from components.features.publish import PublishConfig
 from components.release import package, server, smoke
 from components.release.server import Served
 from components.release.smoke import SmokeConfig
-from tests.bento.world import ITEM_IDS, USER_IDS, World, make_world
+from tests.bento.world import ITEM_IDS, USER_IDS, World, make_store, make_world
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = SmokeConfig(tolerance=1e-5, latency_requests=5, latency_candidates=20)
