@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import fsspec
 
-from components.common.artifacts import new_file
 from components.data.sources import Window
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.reading import File, find
@@ -80,8 +80,7 @@ def listing(source: str, raw: str, settings: Any, window: Window, memory: Path |
         if key:
             new[file.name] = {"key": key, "hash": digest, "day": files[-1].day}
     if any(known.get(name) != entry for name, entry in new.items()):
-        with new_file(memory) as scratch:
-            scratch.write_text(json.dumps(known | new))
+        _remember(memory, known | new)
     return Listing(sorted(files, key=lambda one: one.path), len(every) - len(wanted), late)
 
 
@@ -126,6 +125,14 @@ def _read(memory: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError):  # there is none yet, or it was spoilt: the files are read again
         return {}
     return found
+
+
+def _remember(memory: Path, known: dict[str, dict[str, Any]]) -> None:
+    """Two runs may do this at once: the later one wins, and the other's files are hashed once more."""
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=memory.parent, prefix=f".{memory.name}.", delete=False) as scratch:
+        json.dump(known, scratch)
+    Path(scratch.name).replace(memory)
 
 
 def _hashed(known: dict[str, dict[str, Any]], file: File) -> tuple[int, str, list[Any] | None]:

@@ -263,7 +263,7 @@ def test_a_warning_alone_stops_nothing(planter: Callable[[], Planter], caplog: p
         "?coverage image.missing_share: column_values_to_be_between",
         "?items.title: column_values_to_not_be_null",
     }
-    assert "coverage image.missing_share" in caplog.text and "'missing_share': 0.68085" in caplog.text
+    assert "coverage image.missing_share" in caplog.text and "'missing_share': 0.68" in caplog.text
     assert "items.title" in caplog.text
 
 
