@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from components.common.artifacts import folder_hash, new_folder, read_json, sync, write_json
+from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, sync, write_json
 from components.common.contracts import read_parquet
 from components.common.live import DEPLOYED, STORES, Deployment, current, locked, read, switch
-from components.features import online
+from components.features import clicks, online
 from components.features.online import drop
 from components.features.sqlite_store import ROWS
 from components.features.store import apply, check_online, feature_store, read_settings
@@ -52,33 +53,32 @@ class PublishConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-def publish(config: PublishConfig, features: Path, repo: Path, live: Path, why: str) -> Deployment | None:
+def publish(
+    config: PublishConfig, features: Path, repo: Path, live: Path, why: str, who: str | None = None
+) -> Deployment | None:
     """Fill a store from what `features` wrote, give it the clicks that were pushed, and switch what serves to it.
 
     Returns None, and says why, where the store that serves has the same data, or newer ones.
     """
-    from components.features import clicks
-
-    if reason := _useless(features, repo, live):
+    if reason := useless(features, repo, live):
         print(f"publish: {reason}; nothing is switched", flush=True)
         return None
-    day = read_json(features / RECEIPT, "features")["until"][:10]
+    day, serves = read_json(features / RECEIPT, "features")["until"][:10], current(live)
     store = live / STORES / f"{day}-{secrets.token_hex(4)}"
-    serves = current(live)
     fill(config, features, repo, store, like=serves.store if serves else None)
     clicks.replay(live, store)  # the many, while others may change the live folder
     with locked(live):
-        if reason := _useless(features, repo, live):  # by now
+        if reason := useless(features, repo, live):  # by now
             print(f"publish: {reason}; nothing is switched", flush=True)
             drop(store)
             return None
         clicks.replay(live, store)  # those that came meanwhile
-        deployed = switch(live, store=store, why=why, keep=config.keep, drop=drop)
+        deployed = switch(live, store=store, why=why, who=who, keep=config.keep, drop=drop)
         _clear(live)
         return deployed
 
 
-def _useless(features: Path, repo: Path, live: Path) -> str | None:
+def useless(features: Path, repo: Path, live: Path) -> str | None:
     """Why the store that serves stays; None where it should not."""
     serves = current(live)
     if serves is None or serves.store is None or not serves.store.is_dir():
@@ -86,9 +86,9 @@ def _useless(features: Path, repo: Path, live: Path) -> str | None:
     new, has = (read_json(folder / RECEIPT, "features") for folder in (features, serves.store))
     age, other = ([datetime.fromisoformat(found[name]) for name in ("until", "log_until")] for found in (new, has))
     if age < other:
-        return f"the data of {serves.store.name}, which serves, are newer: until {has['until']}, not {new['until']}"
-    if has.get("features_sha256") == folder_hash(features) and has.get("feature_repo_sha256") == repo_hash(repo):
-        return f"{serves.store.name}, which serves, has the same data"
+        return f"the store that serves has newer data, until {has['until']}"
+    if has.get("sources_sha256") == sources_hash(features) and has.get("feature_repo_sha256") == repo_hash(repo):
+        return "nothing changed"
     return None
 
 
@@ -146,7 +146,7 @@ def fill(
                 **facts,
                 "project": own["project"],
                 "features": views,
-                "features_sha256": folder_hash(features) if users is None else None,
+                "sources_sha256": sources_hash(features) if users is None else None,
                 "feature_repo_sha256": repo_hash(repo),
             }
             try:
@@ -181,6 +181,13 @@ def only(features: Path, users: Iterable[int], folder: Path) -> Path:
         own = pc.is_in(table["user_id"], value_set=wanted) if "user_id" in table.column_names else []
         pq.write_table(table.filter(own) if len(own) else table.slice(0, 0), folder / "sources" / file.name)
     return folder
+
+
+def sources_hash(features: Path) -> str:
+    """Of all that a store is made of. An hour in which nobody clicked has another receipt, and nothing else."""
+    return sha256(
+        f"{folder_hash(features / 'sources')} {file_hash(features / 'click_log.parquet')}".encode()
+    ).hexdigest()
 
 
 def repo_hash(repo: Path) -> str:

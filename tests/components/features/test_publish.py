@@ -287,9 +287,11 @@ def test_the_same_data_or_older_ones_are_not_published(
     new = later(world, "new", 1, one_more)
     deployed = publish.publish(PUBLISH, new, world.repo, live, "new")
     assert publish.publish(PUBLISH, new, world.repo, live, "again") is None
-    assert "which serves, has the same data; nothing is switched" in capsys.readouterr().out
+    assert "publish: nothing changed; nothing is switched" in capsys.readouterr().out
+    quiet = later(world, "quiet", 2, one_more)  # an hour without a click
+    assert publish.publish(PUBLISH, quiet, world.repo, live, "quiet") is None
     assert publish.publish(PUBLISH, world.features, world.repo, live, "old") is None
-    assert "which serves, are newer: until 2024-" in capsys.readouterr().out
+    assert "the store that serves has newer data, until 2024-" in capsys.readouterr().out
     assert current(live) == deployed and len(list((live / "stores").iterdir())) == 1
 
 
