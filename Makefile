@@ -15,21 +15,31 @@ export BENTOML_HOST ?= 127.0.0.1
 export BENTOML_PORT ?= 3000
 export AIRFLOW_HOME := $(CURDIR)/.airflow
 export AIRFLOW__CORE__DAGS_FOLDER := $(CURDIR)/dags
+export AIRFLOW__CORE__PLUGINS_FOLDER := $(CURDIR)/dags/plugins
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 export AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION := False
 export AIRFLOW__CORE__PARALLELISM := 4
+export AIRFLOW__API__HOST := 127.0.0.1
+export AIRFLOW__API__PORT := 8080
+export AIRFLOW__API__BASE_URL = http://127.0.0.1:$(AIRFLOW__API__PORT)
+export AIRFLOW__CORE__EXECUTION_API_SERVER_URL = $(AIRFLOW__API__BASE_URL)/execution/
 # Airflow's own 5, 30 and 50 seconds are too short for a machine that trains models at the same time.
 export AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT := 60
 export AIRFLOW__CORE__DAGBAG_IMPORT_TIMEOUT := 300
 export AIRFLOW__DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT := 600
-export AIRFLOW__API__HOST := 127.0.0.1
-export AIRFLOW__API__PORT := 8080
-export AIRFLOW__CORE__EXECUTION_API_SERVER_URL = http://127.0.0.1:$(AIRFLOW__API__PORT)/execution/
+# The tasks of a killed scheduler start again after a minute, and not after five.
+export AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL := 30
+# Models that train at a time: the slots of the pool `gpu`. The cores are divided among them.
+export CLICKLOOP_TRAINING_SLOTS ?= 2
+# DB=postgres: a Postgres in .airflow/postgres, or the one that AIRFLOW__DATABASE__SQL_ALCHEMY_CONN names
+ifeq ($(DB),postgres)
+export AIRFLOW__DATABASE__SQL_ALCHEMY_CONN ?= postgresql+psycopg2://airflow@/postgres?host=$(AIRFLOW_HOME)/postgres
+endif
 export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
 
 PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
 
-.PHONY: help demo test docs bench bench-gpu serve airflow repro report lint lock clean
+.PHONY: help demo test docs bench bench-gpu serve airflow backfill repro report lint lock clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z./]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -63,8 +73,11 @@ report: .venv  ## the last run's tables, and its page
 serve: .venv  ## the champion on http://127.0.0.1:3000 (BENTOML_HOST, BENTOML_PORT)
 	python -m components serve
 
-airflow: .venv  ## Airflow on http://127.0.0.1:8080, the daily DAG switched on (Ctrl-C stops it)
+airflow: .venv  ## Airflow on http://127.0.0.1:8080, the DAGs switched on (DB=postgres for Postgres; Ctrl-C stops it)
 	python -m components airflow
+
+backfill: .venv  ## days FROM=2026-01-01 TO=2026-01-10 by the Airflow that runs (ARGS="--max-active-runs 2 --run-backwards")
+	airflow backfill create --dag-id ctr_daily --from-date $(FROM) --to-date $(TO) $(ARGS)
 
 # torch brings the CUDA packages of its own build: the lock names none, so that a CPU build brings none.
 # TORCH_CPU is the hash of PyTorch's own CPU wheel for this version (Linux x86-64, Python 3.11), which PyPI does not have:

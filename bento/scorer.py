@@ -23,7 +23,7 @@ class Scorer:
     def __init__(self, folder: Path) -> None:
         checkpoint = load(folder)
         self.catalog, self.encoder = checkpoint.catalog, checkpoint.encoder
-        self.ranking = checkpoint.model.ranking(checkpoint.catalog)
+        self.ranking, self.calibration = checkpoint.model.ranking(checkpoint.catalog), checkpoint.calibration
         self.schema = self.encoder.schema
         self.fields = self.schema.impression_fields
         self.context_names = {f.name for f in self.fields if f.origin == "context"}
@@ -88,7 +88,7 @@ class Scorer:
                     raise ValueError(f"{field.name} is {value!r}; it takes a number") from None
             fields.append(self.encoder.encode(field.name, [value]).expand(B))
         fields_BF = torch.stack(fields, 1) if fields else torch.zeros(B, 0, dtype=torch.int64)
-        return torch.sigmoid(self.ranking(fields_BF, item_B, hist_K)).float()
+        return self.calibration(self.ranking(fields_BF, item_B, hist_K)).float()
 
     def _rows(self, item_ids: Sequence[int]) -> Tensor:
         return self.catalog.rows(torch.tensor(item_ids, dtype=torch.int64))

@@ -184,6 +184,7 @@ Repo = Annotated[Path, typer.Option(help=FILES["repo"])]
 
 
 app.command(rich_help_panel=RUNS)(commands.run)
+app.command(rich_help_panel=LIVE)(commands.refresh)
 app.add_typer(commands.day, name="day", rich_help_panel=RUNS)
 
 
@@ -272,9 +273,10 @@ def use(
     raw: Annotated[str | None, typer.Option(help="The path that the source reads, or for files a URL.")] = None,
     params: Params = PARAMS,
 ) -> None:
-    """Point the pipeline at a source: looks at its files, says what they hold, and writes two keys of params.yaml.
+    """Point the pipeline at a source: looks at its files, says what they hold, and writes it into params.yaml.
 
-    The keys are ingest.source and ingest.raw. Where the files are wrong, nothing is written.
+    The keys are source, raw, until (the end of its newest day) and window_days of ingest. Where the files are wrong,
+    nothing is written.
     """
     from components.data import use as step
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder of four files. Equal inputs give equal bytes.
 
-    config.json           family, network, schema hash, sha256 of the weights, facts of the training run
+    config.json           family, network, calibration, schema hash, sha256 of the weights, facts of the training run
     model.safetensors     the weights
     schema.json, catalog.safetensors   the encoder folder, see `models.encoder`
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,20 @@ from models.schema import Catalog, Encoder, Schema, schema_hash
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CHECKPOINT_FILES = tuple(sorted((CONFIG, WEIGHTS, SCHEMA, CATALOG)))
-CONFIG_KEYS = {"family", "network", "schema_hash", "model_sha256", "facts"}
+CONFIG_KEYS = {"family", "network", "calibration", "schema_hash", "model_sha256", "facts"}
+
+
+class Calibration(NamedTuple):
+    """Logits -> probabilities: sigmoid(slope · logit + intercept) (Platt, 1999). A slope above 0 changes no order."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def __call__(self, logit_B: Tensor) -> Tensor:
+        return torch.sigmoid(self.slope * logit_B + self.intercept)
+
+
+UNCALIBRATED = Calibration()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +51,7 @@ class Checkpoint:
 
     network       as `build` takes it
     schema_hash   of `encoder` and `catalog`, as `models.schema.schema_hash` computes it
+    calibration   what makes the model's logits probabilities
     facts         JSON-able facts of the training run: data hash, best epoch, valid AUC, …
     """
 
@@ -47,6 +62,7 @@ class Checkpoint:
     catalog: Catalog
     schema_hash: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration = UNCALIBRATED
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -67,6 +83,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     config = {
         "family": checkpoint.family,
         "network": asdict(network_config(checkpoint.family, checkpoint.network)),
+        "calibration": checkpoint.calibration._asdict(),
         "schema_hash": actual,
         "model_sha256": hashlib.sha256(weights).hexdigest(),
         "facts": dict(checkpoint.facts),
@@ -119,6 +136,7 @@ def load(folder: Path) -> Checkpoint:
         catalog=catalog,
         schema_hash=actual,
         facts=config["facts"],
+        calibration=_calibration(folder / CONFIG, config["calibration"]),
     )
 
 
@@ -130,6 +148,16 @@ def checkpoint_hash(folder: Path) -> str:
     require_files(folder, CHECKPOINT_FILES)
     lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in CHECKPOINT_FILES]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _calibration(path: Path, said: Any) -> Calibration:
+    try:
+        found = Calibration(**{name: float(value) for name, value in said.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: calibration = {said}: {error}; save the checkpoint again") from None
+    if not (0 < found.slope < math.inf and math.isfinite(found.intercept)):
+        raise ValueError(f"{path}: calibration = {said}; the slope is above 0, and both are finite: train again")
+    return found
 
 
 def _blank(family: str, network: Mapping[str, Any], schema: Schema) -> Ranker:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 import pytest
@@ -55,6 +56,14 @@ PARTS = {
         tests="the online store on Redis",
         install="apt-get install redis-server",
         missing=absent(programs=("redis-server",), modules=("redis",)),
+    ),
+    "postgres": Part(
+        tests="Airflow on Postgres",
+        install="apt-get install postgresql && uv pip install -r pyproject.toml --extra postgres -c requirements.lock",
+        missing=lambda: [
+            *([] if which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb")) else ["initdb"]),
+            *absent(modules=("psycopg2", "asyncpg"))(),
+        ],
     ),
     "spark": Part(
         tests="the offline store on Spark",

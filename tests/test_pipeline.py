@@ -262,7 +262,7 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
     assert "no version 'one'; there are: none yet" in said and "Traceback" not in said
     git(project, "tag", "-m", "{}", "run/one")
     said = project.python("-m", "components", "registry", "promote", "one", "--why", "test", code=1)
-    assert "DVC's remote does not have artifacts/package, " in said and "dvc push" in said
+    assert "DVC's remote does not have artifacts/package (" in said and "dvc push" in said
     git(project, "tag", "-d", "run/one", "ctr-ranker@v0.0.1")
     before = git(project, "rev-parse", "HEAD")
     one = promoted(project, "one")

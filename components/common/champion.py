@@ -4,7 +4,10 @@ A run writes champion.json into its own worktree. In a person's work tree, `regi
 
 champion.json          version, null where there is none; name, revision, day, model, bento, train_until;
                        checkpoint_sha256 (what ships) and judged_sha256 (what the gate judged, before its refit)
-data/champion/         a copy of champion.json, and the judged checkpoint/, as the stage `champion` fetched it
+                       earlier: versions that were champion some days ago, which the gate looks back on
+                       nights: what the gate measured on the nights before
+data/champion/         a copy of champion.json, the judged checkpoint/, and earlier/VERSION/ likewise, as the stage
+                       `champion` fetched them
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-POINTER, CHECKPOINT = "champion.json", "checkpoint"
+POINTER, CHECKPOINT, EARLIER = "champion.json", "checkpoint", "earlier"
 
 
 def read_pointer(pointer: Path) -> dict[str, Any] | None:
@@ -26,6 +29,15 @@ def read_pointer(pointer: Path) -> dict[str, Any] | None:
         return content if content["version"] is not None else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{pointer}: {error!r}; it is in git: run `git checkout {pointer.name}`") from None
+
+
+def fetched_versions(folder: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The champion and the versions before it, with their checkpoints' folders; none where there is no champion."""
+    champion = read_pointer(folder / POINTER)
+    if champion is None:
+        return []
+    before = [(one, folder / EARLIER / one["version"]) for one in champion.get("earlier", ())]
+    return [(champion, folder / CHECKPOINT), *before]
 
 
 def fetched(folder: Path) -> tuple[dict[str, Any], Path] | None:

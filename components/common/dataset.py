@@ -75,6 +75,11 @@ class Dataset:
         return None if day is None else f"{day}T00:00:00+00:00"
 
     @property
+    def newest_day(self) -> tuple[int, int]:
+        """The rows of the newest day; the test rows where the source has no times."""
+        return self.facts["newest"], len(self.columns["label"])
+
+    @property
     def click_log(self) -> Tensor:
         return self.columns["click_log"]
 

@@ -63,6 +63,15 @@ class Pipeline:
         """Command -> what it does, a line a stage."""
         return {stage.command: stage.desc for stage in self.stages.values()}
 
+    def storeys(self) -> dict[str, list[str]]:
+        """Storey -> its stages, both in order. A stage lives in the file of its name, which it depends on."""
+        found: dict[str, list[str]] = {}
+        for storey in STOREYS:
+            for name, stage in self.stages.items():
+                if f"components/{storey}/{stage.command}.py" in stage.deps:
+                    found.setdefault(storey, []).append(name)
+        return found
+
     def before(self) -> dict[str, set[str]]:
         """Stage -> the stages that must end right before it: none of them is before another one of them."""
         direct = _direct(self.stages)
@@ -81,6 +90,15 @@ def read(root: Path = ROOT) -> Pipeline:
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no pipeline: {error!r}; run from the project's folder, or restore it") from None
     return Pipeline(stages)
+
+
+def settings(section: str, root: Path = ROOT) -> dict[str, Any]:
+    """A section of params.yaml, unchecked: for what no stage reads. Raises ValueError where it is not there."""
+    file = root / "params.yaml"
+    try:
+        return dict(yaml.safe_load(file.read_text())[section])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} has no section {section}: {error!r}; restore it") from None
 
 
 def _items(name: str, body: Mapping[str, Any]) -> Iterator[Stage]:

@@ -53,6 +53,7 @@ RESERVED = {
     "clicks_start", "clicks_end", "known", *OPTIONAL,
 }  # fmt: skip
 POPULARITY = {"views_level", "clicks_level"}  # features too, unless the source gives its histories itself
+MISSING_DAY = ("fail", "go_on")
 SHOWN = 14  # unusual days in the terminal; source.json has all
 
 
@@ -64,6 +65,8 @@ class IngestConfig:
                    measured back from it; null takes every event, and then freshness is not judged
     window_days    the days before `until` whose rows are trained, validated and tested on; null takes all
     lead_days      days before those that are read for histories and popularity alone; without window_days, unused
+    missing_day    what a run does where the newest day before `until` is missing or came in part: fail, or go_on
+                   without the rest of it. The report says why it went on
     max_rejected   share of the known rows that may be broken and go to quarantine; beyond it, ingest stops
     picture_hosts  host names from which pictures by URL may be fetched; without any, no URL is fetched
     simulator      the world that the simulator draws
@@ -75,6 +78,7 @@ class IngestConfig:
     until: str | None
     window_days: int | None
     lead_days: int
+    missing_day: str
     max_rejected: float
     picture_hosts: list[str]
     simulator: SimulatorConfig
@@ -94,6 +98,8 @@ class IngestConfig:
                 )
         if self.lead_days < 0:
             raise ValueError(f"lead_days is {self.lead_days}; it must be 0 or more")
+        if self.missing_day not in MISSING_DAY:
+            raise ValueError(f"missing_day is {self.missing_day!r}; write {' or '.join(MISSING_DAY)}")
         if not 0 <= self.max_rejected < 1:
             raise ValueError(f"max_rejected is {self.max_rejected}; it is a share in [0, 1)")
 
@@ -203,6 +209,7 @@ def run(config: IngestConfig, output: Path, arrivals: Path | None = None) -> dic
         facts = {
             "source": config.source,
             "until": config.until,
+            "missing_day": config.missing_day,
             "train_from": None if first is None else f"{first:%Y-%m-%d}",
             "impressions": len(events),
             "label_rate": float(pc.mean(events["label"]).as_py() or 0),

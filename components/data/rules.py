@@ -36,12 +36,11 @@ def is_true(column: str, description: str, severity: FailureSeverity = STOP, mos
 
 
 def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectation]:
-    latest = until or datetime.now(UTC)
     rules: list[Any] = [
         *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in ("user_id", "item_id", "timestamp", "label")),
         gxe.ExpectColumnValuesToBeInSet(column="label", value_set=[0, 1]),
         gxe.ExpectColumnValuesToBeBetween(
-            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=UTC), max_value=latest
+            column="timestamp", min_value=datetime(1990, 1, 1, tzinfo=UTC), max_value=until
         ),
         is_true("item_is_known", "every event's item_id is in items"),
         is_true("user_is_known", "every event's user_id is in users"),
@@ -52,6 +51,17 @@ def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectat
         gxe.ExpectColumnValuesToBeBetween(column="true_probability", min_value=0, max_value=1),
     ]
     return [rule for rule in rules if rule.column in columns]
+
+
+def newest_rules(missing_day: str) -> list[Expectation]:
+    return [
+        is_true(
+            "is_whole",
+            "the newest day before ingest.until is there, and whole: else run it when the rest has come, give an "
+            "earlier ingest.until, or set ingest.missing_day to go_on",
+            WARN if missing_day == "go_on" else STOP,
+        )
+    ]
 
 
 def day_rules(config: ValidateConfig) -> list[Expectation]:

@@ -23,6 +23,7 @@ FLOORS = {
     "top_user": 0.05,
     "top_item": 0.1,
     "late": 0.05,
+    "ends_early": 1.0,  # hours
     "missing": 0.1,
     "mix": 0.2,
     "no_vector": 0.2,

@@ -1,7 +1,8 @@
 """use: point the pipeline at a source, after a look at its files.
 
 The look reads the first and the last file of each table, as `ingest` will. What would stop `ingest` in its first rows
-stops here, and params.yaml stays as it was.
+stops here, and params.yaml stays as it was. Where neither files nor their names tell days, all events are read once for
+the newest one's.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from components.common.artifacts import new_file
 from components.common.config import load, parse_time, section
 from components.common.contracts import EVENTS, HISTORY, IMAGE, ITEMS, OPTIONAL, USERS, attributes, conform
 from components.data import sources
+from components.data.arrivals import newest_day
+from components.data.ingest import IngestConfig
 from components.data.sources import RawTables, Window, brief
 from components.data.sources.mapping import FilesConfig
 from components.data.sources.simulator import SimulatorConfig
 
 ROWS = 1000  # of a file
+SIMULATED = {"until": "2026-01-11T00:00:00+00:00", "window_days": 10, "lead_days": 7}
 SETTINGS: dict[str, type] = {"simulator": SimulatorConfig, "files": FilesConfig}
 
 
 def use(source: str, raw: str | None, params: Path) -> None:
-    """Look at a source's files, print what they hold, and write `ingest.source` and `ingest.raw` of params.yaml.
+    """Look at a source's files, print what they hold, and write it into the section `ingest` of params.yaml: `source`
+    and `raw`, `until`, the end of its newest whole day, and `window_days`, all of its days.
 
+    The simulator has days without end: it gets those of SIMULATED, or keeps its own.
     Comments of params.yaml are kept. Raw data that lie in this git repository are added to .git/info/exclude.
     Raises ValueError where the path, the files or the mapping are wrong; then nothing is written.
     """
@@ -43,10 +49,12 @@ def use(source: str, raw: str | None, params: Path) -> None:
         raw = sources.SIMULATOR_RAW
     raw = str(Path(str(raw)).expanduser()) if str(raw).startswith("~") else str(raw)
     sources.check(source, raw)
-    window = _window(section(params, "ingest"))
+    ingest = section(params, "ingest")
     settings: Any = load(params, f"ingest.{source}", SETTINGS[source]) if source in SETTINGS else None
     if isinstance(settings, FilesConfig):
         _require_mapping(raw, settings.events.path)
+    days: dict[str, Any] = {} if ingest["source"] == "simulator" else SIMULATED
+    window = _window(ingest | days) if source == "simulator" else Window()
     found = sources.read(source, raw, settings, window, rows=ROWS)
     events = conform(found.events, EVENTS, f"{source} events", optional=OPTIONAL)
     if not len(events):
@@ -54,12 +62,26 @@ def use(source: str, raw: str | None, params: Path) -> None:
         raise ValueError(f"{source}: no row of those looked at is whole ({reasons}); mend the files or the mapping")
     conform(found.users, USERS, f"{source} users")
     conform(found.items, ITEMS, f"{source} items")
-    _write(source, raw, params)
+    if source != "simulator":
+        days = {"until": None, "window_days": None}
+        if not set(HISTORY) <= set(events.column_names):  # it has times
+            day = newest_day(_config(source, raw, params))
+            days["until"] = f"{day + timedelta(days=1)}T00:00:00+00:00"
+    _write({"source": source, "raw": raw, **days}, params)
     console = Console(highlight=False)
     _show(console, source, raw, events, found)
     if note := keep_out_of_git(raw, params):
         console.print(note, markup=False, soft_wrap=True)
     console.print(f"{params} now names this source. Next: dvc repro", markup=False, soft_wrap=True)
+
+
+def _config(source: str, raw: str, params: Path) -> IngestConfig:
+    """Of the source alone: the rest of the section may be of another one."""
+    return IngestConfig(
+        source=source, raw=raw, until=None, window_days=None, lead_days=0, missing_day="fail", max_rejected=0,
+        picture_hosts=[], simulator=load(params, "ingest.simulator", SimulatorConfig),
+        files=load(params, "ingest.files", FilesConfig),
+    )  # fmt: skip
 
 
 def _window(ingest: dict[str, Any]) -> Window:
@@ -84,9 +106,11 @@ def _require_mapping(raw: str, events: str | list[str] | dict[str, Any] | None) 
         )
 
 
-def _write(source: str, raw: str, params: Path) -> None:
+def _write(values: dict[str, Any], params: Path) -> None:
+    """Set keys of `ingest`. The file stays as it is where they have these values already."""
     from ruamel.yaml import YAML
     from ruamel.yaml.representer import RoundTripRepresenter
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
     class Representer(RoundTripRepresenter):
         """Ruamel's own, but a null is written as the word, as in params.yaml."""
@@ -97,8 +121,11 @@ def _write(source: str, raw: str, params: Path) -> None:
     yaml.width = 120
     yaml.Representer = Representer
     content = yaml.load(params)
-    if (content["ingest"]["source"], content["ingest"]["raw"]) != (source, raw):
-        content["ingest"]["source"], content["ingest"]["raw"] = source, raw
+    changed = {name: value for name, value in values.items() if content["ingest"][name] != value}
+    if changed:
+        if changed.get("until"):  # YAML would take it for a time
+            changed["until"] = DoubleQuotedScalarString(changed["until"])
+        content["ingest"].update(changed)
         with new_file(params) as scratch:
             yaml.dump(content, scratch)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from components.common.artifacts import folder_hash, new_folder, read_json, writ
 from components.common.config import parse_time
 from components.common.contracts import Canonical
 from components.data.frames.columns import column_frame
-from components.data.frames.days import DAY, day_frame, figure_frame, last_day, recent_days
+from components.data.frames.days import DAY, day_frame, figure_frame, last_day, newest_frame, recent_days
 from components.data.frames.rows import event_frame, item_frame, quarantine_frame
 from components.data.frames.vectors import cohort_frame, coverage_frame, vector_frame
 from components.data.thresholds import ValidateConfig
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from great_expectations.expectations import Expectation
 
 EXAMPLES = 3
+OLD_DAYS = 3  # days since the newest event, from which on a person is told
+ALWAYS = datetime(2000, 1, 1, tzinfo=UTC)  # in place of the time of the run: equal data are equal bytes
+BUILT_AT = re.compile(r"\?d=\d{8}T\d{6}\.\d+Z")  # behind the address of the logo
 NOT_LIMITS = {"column", "batch_id", "row_condition"}  # arguments of a rule that are not part of its limits
 
 
@@ -49,6 +54,8 @@ def run(config: ValidateConfig, canonical: Path, output: Path, docs: Path) -> di
         "rules": verdicts,
     }
     write_json(output, report)
+    if note := old_data(facts):
+        logging.getLogger(__name__).warning(note)
     for verdict in verdicts:
         if not verdict["passed"] and verdict["severity"] != "stop":
             logging.getLogger(__name__).warning("%s: %s", verdict["severity"], describe(verdict))
@@ -66,7 +73,7 @@ def suites(
 
     until = parse_time("until", facts["until"]) if facts["until"] else None
     items = data.items()
-    since = last_day(data, until) - (config.trailing_days - 1) * DAY
+    since = last_day(data, config, until) - (config.trailing_days - 1) * DAY
     tables: dict[str, tuple[pd.DataFrame, list[Expectation]]] = {}
     for name, table in data.each_modality():  # before the events are in memory
         judged = vector_frame(table, items["item_id"], config.spreads)
@@ -75,6 +82,11 @@ def suites(
         tables[f"new items {name}"] = (cohort_frame(table, items, since), rules.cohort_rules(name))
         del table
     recent = recent_days(data, config, until)
+    if until is not None:
+        newest = newest_frame(recent, data, config)
+        tables = {"newest day": (newest, rules.newest_rules(facts["missing_day"])), **tables}
+        if facts["missing_day"] == "go_on" and not newest["is_whole"].all():  # half a day is judged by no other rule
+            recent = recent_days(data, config, until - timedelta(days=1))
     events = event_frame(data)
     broken = quarantine_frame(data.root, facts["broken"], facts["rows"]["known"] - facts["rows"]["outside"])
     tables |= {
@@ -87,9 +99,8 @@ def suites(
         "quarantine": (broken, rules.quarantine_rules()),
     }
     if until is not None:
-        newest = events["timestamp"].max()
-        age = (until - newest).total_seconds() / 3600
-        frame = pd.DataFrame({"newest": [newest], "age_hours": [age]})
+        last = events["timestamp"].max()
+        frame = pd.DataFrame({"newest": [last], "age_hours": [(until - last).total_seconds() / 3600]})
         tables["freshness"] = (frame, rules.freshness_rules(config))
     return tables
 
@@ -99,11 +110,27 @@ def not_judged(data: Canonical, tables: dict[str, tuple[pd.DataFrame, list[Expec
     found = []
     if "freshness" not in tables:
         found.append("freshness: ingest.until is null")
+    for _, newest in tables.get("newest day", (pd.DataFrame(), []))[0].iterrows():
+        if not newest["is_whole"]:
+            found.append(f"days: {newest['day']:%Y-%m-%d} is not whole ({newest['why']}): see ingest.missing_day")
     if np.datetime64(last := data.days()[-1]) > tables["days"][0]["day"].max():
         found.append(f"days: {last} is not complete")
     if tables["figures"][0].empty:
         found.append("figures: no day has enough days before it to know what is usual")
     return found
+
+
+def old_data(facts: dict[str, Any]) -> str | None:
+    """What to tell a person where `until` is null and the newest day is long over. It follows the clock, so no output
+    has it."""
+    now = datetime.now(UTC).date()
+    days = (now - date.fromisoformat(facts["last_day"])).days
+    if facts["until"] is not None or days < OLD_DAYS:
+        return None
+    return (
+        f"the newest event is of {facts['last_day']}, {days:,} days ago, and ingest.until is null, so no rule judges "
+        "its age: bring newer data, or give ingest.until"
+    )
 
 
 def summary(report: dict[str, Any]) -> dict[str, str]:
@@ -138,11 +165,14 @@ def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
             suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=rules))
             definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
             result = definition.run(
+                run_id=gx.RunIdentifier(run_time=ALWAYS),
                 batch_parameters={"dataframe": frame},
                 result_format={"result_format": "SUMMARY", "partial_unexpected_count": EXAMPLES},
             )
             verdicts += [_verdict(name, frame, one) for one in result.results]
         context.build_data_docs()
+        for page in site.rglob("*.html"):
+            page.write_text(BUILT_AT.sub("", page.read_text()))
     return verdicts
 
 

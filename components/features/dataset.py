@@ -98,12 +98,21 @@ def run(
     return facts
 
 
-def first_days(cut: Split, events: pa.Table) -> dict[str, str | None]:
-    """The first valid day, the first test day, and the day after the newest row. None where times are made up."""
+def first_days(cut: Split, events: pa.Table) -> dict[str, str | int | None]:
+    """The first valid day, the first test day, and the day after the newest row. None where times are made up.
+
+    newest  the first row of the newest day; of the test rows, where times are made up
+    """
     if HISTORY[0] in events.column_names:
-        return dict.fromkeys(("valid_from", "test_from", "ends"))
-    newest = pc.max(events["timestamp"]).as_py()
-    return {"valid_from": cut.valid_day, "test_from": cut.test_day, "ends": f"{newest + timedelta(days=1):%Y-%m-%d}"}
+        return {"valid_from": None, "test_from": None, "ends": None, "newest": cut.test_start}
+    last = pc.max(events["timestamp"]).as_py()
+    day = pa.scalar(last.replace(hour=0, minute=0, second=0, microsecond=0), events["timestamp"].type)
+    return {
+        "valid_from": cut.valid_day,
+        "test_from": cut.test_day,
+        "ends": f"{last + timedelta(days=1):%Y-%m-%d}",
+        "newest": pc.sum(pc.less(events["timestamp"], day)).as_py(),
+    }
 
 
 def summary(facts: dict[str, Any]) -> dict[str, str]:

@@ -37,6 +37,16 @@ def run(
     step.run(Path.cwd(), name, first, last, jobs=jobs, promote=promote)
 
 
+def refresh(
+    until: Annotated[str | None, typer.Option(help="ISO time; without it, the last full hour.")] = None,
+) -> None:
+    """The features of now into what serves, without training; only what changed. Airflow does it every hour."""
+    from components.common.config import parse_time
+    from components.operations import refresh as step
+
+    _facts(step.run(Path.cwd(), parse_time("--until", until) if until else step.the_hour()))
+
+
 @day.command("open")
 def open_(name: DayName) -> None:
     """Make the worktree .runs/DAY at the code of this commit, with the settings of this work tree."""
@@ -51,7 +61,7 @@ def ready(
     name: DayName,
     waited: Annotated[float, typer.Option(min=0, help="Hours that the run has waited so far.")] = 0,
 ) -> None:
-    """Whether the raw files of the day are there: 0 yes, 75 not yet; after run.wait_hours as run.when_missing says."""
+    """Whether the day's raw files are there: 0 yes, 75 not yet; after run.wait_hours as ingest.missing_day says."""
     from components.operations import day as step
 
     step.ready(_named(name), waited)

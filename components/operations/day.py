@@ -50,11 +50,15 @@ from components.operations.locks import hold
 from components.operations.repro import Outcome, Say, repro
 from components.operations.worktree import configure, environment, exists, git, make, settings, uncommitted
 
-PROMOTE, WHEN_MISSING = ("auto", "ask", "never"), ("fail", "go_on")
+PROMOTE = ("auto", "ask", "never")
 LOCK_SECONDS = 600  # what a step waits for a `tidy` that is at work
 RUNS, LOCKS = ".runs", "locks"
 OPENED = ".scratch/run.json"  # of a worktree: the commit that it was opened at
 RUN_FILES = ("dvc.lock", "params.yaml", POINTER)  # what the commit of a run adds to the code
+
+
+# Facts of `ship` where nothing was done
+NOTHING: dict[str, Any] = {"version": None, "promoted": False, "published": False, "champion": None}
 
 
 def to_stderr(line: str) -> None:
@@ -66,22 +70,18 @@ class RunConfig:
     """promote         auto: an approved model becomes the champion. ask: a person is asked first. never: it only
                     becomes a version
     wait_hours      a run waits this long for raw files of its day that are not there yet
-    when_missing    and then: fail, or go_on without them
     keep_runs       tags of the newest runs that are kept, with their data; versions are always kept
     keep_worktrees  worktrees of ended runs that are kept
     """
 
     promote: str
     wait_hours: float
-    when_missing: str
     keep_runs: int
     keep_worktrees: int
 
     def __post_init__(self) -> None:
         if self.promote not in PROMOTE:
             raise ValueError(f"promote is {self.promote!r}; write {', '.join(PROMOTE[:-1])} or {PROMOTE[-1]}")
-        if self.when_missing not in WHEN_MISSING:
-            raise ValueError(f"when_missing is {self.when_missing!r}; write {' or '.join(WHEN_MISSING)}")
         for name, least in (("wait_hours", 0), ("keep_runs", 1), ("keep_worktrees", 0)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -154,7 +154,8 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     settings(root, worktree, day.until)
     from components.release.registry import judge
 
-    write_json(worktree / POINTER, judge(root, live(day), str(day)))
+    if json.loads((worktree / POINTER).read_text()) != (named := judge(root, live(day), str(day))):
+        write_json(worktree / POINTER, named)
     write_json(worktree / OPENED, own)
     say(f"{day}: {worktree.relative_to(root)}, code of {commit[:9]}, data until {day.until:%Y-%m-%d %H:%M} UTC")
     if own["uncommitted"]:
@@ -164,7 +165,7 @@ def open_(day: Day, say: Say = to_stderr) -> dict[str, Any]:
 
 
 def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
-    """Whether the raw files of the day are there. After `run.wait_hours`, `run.when_missing` decides.
+    """Whether the raw files of the day are there. After `run.wait_hours`, `ingest.missing_day` decides.
 
     Raises BusyError where they are not there yet, ValueError where they did not come.
     """
@@ -172,17 +173,17 @@ def ready(day: Day, waited: float, say: Say = to_stderr) -> bool:
     from components.data.ingest import IngestConfig
 
     params = day.root / "params.yaml"
-    config = load(params, "run", RunConfig)
-    reason = missing(load(params, "ingest", IngestConfig), day.date)
+    config, ingest = load(params, "run", RunConfig), load(params, "ingest", IngestConfig)
+    reason = missing(ingest, day.date)
     if reason is None:
         return True
     if waited < config.wait_hours:
         raise BusyError(f"{day}: {reason}")
-    if config.when_missing == "fail":
+    if ingest.missing_day == "fail":
         raise ValueError(
-            f"{day}: {reason}, after {waited:g} hours. Deliver it and run the day again, or set run.when_missing: go_on"
+            f"{day}: {reason}, after {waited:g} hours. Bring it and run the day again, or set ingest.missing_day: go_on"
         )
-    say(f"{day}: {reason}, after {waited:g} hours; the run goes on without it (run.when_missing is go_on)")
+    say(f"{day}: {reason}, after {waited:g} hours; the run goes on without it (ingest.missing_day is go_on)")
     return False
 
 
@@ -207,19 +208,24 @@ def close(day: Day, say: Say = to_stderr) -> dict[str, Any]:
     Where the tag has the same files already, it stays. Else it moves, and the older commit gets run/DAY.1 (.2, …).
     Raises ValueError where the stages have not run, BusyError where the remote cannot be reached.
     """
-    worktree = opened(day).worktree
-    facts = _facts(day, page(day))
+    facts = _facts(opened(day), page(day))
+    commit(day, facts, say)
+    push(day)
+    return tagged(day.root, day.tag) | {"report": str(day.page)}
+
+
+def commit(day: Day, facts: dict[str, Any], say: Say = to_stderr) -> None:
+    """The run's files as one commit on its code, and the tag on it. A kill at any point leaves a tag that is whole."""
+    worktree = day.worktree
     git(worktree, "add", "--force", "--", *RUN_FILES)
     tree = git(worktree, "write-tree")
     if exists(day.root, day.tag) and git(day.root, "rev-parse", f"{day.tag}^{{tree}}") == tree:
         say(f"{day}: the same files as {day.tag} has, so the tag stays")
     else:
         subject = f"run {day}: {facts['verdict']} {facts['model'] or ''}".strip()
-        commit = git(worktree, "commit-tree", tree, "-p", facts["code"], "-m", subject)
-        _tag(day, commit, facts, say)
+        made = git(worktree, "commit-tree", tree, "-p", facts["code"], "-m", subject)
+        _tag(day, made, facts, say)
     git(worktree, "reset", "--quiet", "--soft", day.tag)
-    push(day)
-    return tagged(day.root, day.tag) | {"report": str(day.page)}
 
 
 def page(day: Day) -> dict[str, Any]:
@@ -243,6 +249,7 @@ def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:
         "verdict": decision["verdict"],
         "model": decision["model"],
         "reasons": decision["reasons"],
+        "night": decision["night"],
         "auc": aucs.get(decision["model"]) or max(aucs.values(), default=None),
         "rows": source["impressions"],
         "late": late(day),
@@ -313,15 +320,18 @@ def ship(
         raise ValueError(f"{day}: there is no tag {day.tag}; run `python -m components day close {day}`")
     facts = tagged(day.root, day.tag)
     newest = max(closed(day.root))
-    found: dict[str, Any] = {"version": None, "promoted": False, "published": False, "champion": None}
-    if promote is None and day.date < newest:
+    if promote in (None, "never") and day.date < newest:
         say(f"{day}: {newest} is closed already, so this run promotes and publishes nothing")
-        return found | {"why": f"{newest} is newer"}
+        return NOTHING | {"why": f"{newest} is newer"}
+    with hold(day.runs / LOCKS / "ship.lock", f"{day}: ship", wait=LOCK_SECONDS):  # versions are numbered one by one
+        return _ship(day, facts, promote or config.promote, who, why, say)
 
+
+def _ship(day: Day, facts: dict[str, Any], mode: str, who: str, why: str, say: Say) -> dict[str, Any]:
     from components.common.live import current
     from components.release import registry, versions
 
-    mode, folder = promote or config.promote, live(day)
+    folder, found = live(day), dict(NOTHING)
     if facts["verdict"] != "approve":
         why_not = "the gate rejected: " + "; ".join(facts["reasons"])
     else:

@@ -20,9 +20,9 @@ from rich.text import Text
 
 from components.common import pipeline
 from components.common.artifacts import new_file
-from components.release.gate import number
 
 EXAMPLE_CHARACTERS = 200
+VERDICTS = {True: "holds", False: "broken", None: "too few rows"}
 # What says that a stage has ended, where it is not enough that its outputs are there.
 ENDED = {"features": "receipt.json"}
 
@@ -201,16 +201,17 @@ def models_table(found: dict[str, Any]) -> Content:
     for name in dict.fromkeys([*found["train"], *evaluate]):
         trained, metrics = found["train"].get(name, {}), evaluate.get(name)
         auc, *others = _figures(metrics["test"]) if metrics else [""] * 4
-        interval = _figure((metrics["test"]["auc_high"] - metrics["test"]["auc_low"]) / 2) if metrics else ""
+        low, high = metrics["test"]["intervals"]["auc"] if metrics else (0.0, 0.0)
+        interval = _figure((high - low) / 2) if metrics else ""
         valid = "" if found["train"].keys() <= evaluate.keys() else _figure(trained.get("valid_auc"))
         rate = found["stages"].get(f"train@{name}", {}).get("rows_per_second")
         speed = f"{rate:,}" if rate else ""
         verdict = "" if name not in judged else "passes" if judged[name]["passed"] else "fails"
         rows.append([name, valid, auc, interval, *others, speed, verdict])
     any_metrics = next(iter(evaluate.values()), None)
-    if any_metrics and (champion := any_metrics["champion"]):
-        auc, *others = _figures(champion["test"])
-        rows.append([f"champion {champion['version']}", "", auc, "", *others, "", ""])
+    for at, other in enumerate(any_metrics["references"] if any_metrics else ()):
+        auc, *others = _figures(other["test"])
+        rows.append([f"{'earlier' if at else 'champion'} {other['version']}", "", auc, "", *others, "", ""])
     if any_metrics and "oracle_auc" in any_metrics["test"]:
         test = any_metrics["test"]
         rows.append(["oracle", "", _figure(test["oracle_auc"]), "", "", _figure(test["oracle_logloss"]), "", "", ""])
@@ -220,6 +221,8 @@ def models_table(found: dict[str, Any]) -> Content:
 
 
 def data_table(found: dict[str, Any]) -> Content:
+    from components.data.validate import old_data
+
     source, dataset, rows = found["source"], found["dataset"], []
     rules = found["validation"].get("rules", [])
     if source:
@@ -229,6 +232,10 @@ def data_table(found: dict[str, Any]) -> Content:
             ["days", f"{source['days']:,}, {source['first_day']} to {source['last_day']}"],
             ["users, items", f"{source['users']:,} and {source['items']:,}"],
         ]
+        if note := old_data(source):
+            rows.append(["age", note])
+    if unjudged := found["validation"].get("not_judged"):
+        rows.append(["not judged", "; ".join(unjudged)])
     if aside := found["validation"].get("quarantined"):
         rows.append(["rows set aside", ", ".join(f"{count:,} {reason}" for reason, count in aside.items())])
     if rules:
@@ -274,8 +281,7 @@ def slices_table(found: dict[str, Any]) -> Content:
     rows = []
     for part in found["evaluate"][names[0]]["slices"] if names else ():
         cells = [found["evaluate"][name]["slices"][part] for name in names]
-        small = " (small)" if cells[0]["small"] else ""
-        rows.append([part, f"{cells[0]['rows']:,}{small}", *(_figure(cell["auc"]) for cell in cells)])
+        rows.append([part, f"{cells[0]['rows']:,}", *(_figure(cell["auc"]) for cell in cells)])
     return Content("AUC by slice of the test days", ["slice", "rows", *names], rows)
 
 
@@ -284,14 +290,13 @@ def gate_table(found: dict[str, Any]) -> Content:
         [
             model,
             rule["rule"],
-            "not measurable" if rule["value"] is None else number(rule["value"], rule["limit"]),
-            f"{rule['must_be']} {number(rule['limit'])}",
-            "holds" if rule["passed"] else "broken",
+            VERDICTS[rule["passed"]],
+            rule["why"],
         ]
         for model, candidate in found["decision"].get("candidates", {}).items()
         for rule in candidate["rules"]
     ]
-    return Content("Rules of the gate", ["model", "rule", "value", "must be", ""], rows)
+    return Content("Rules of the gate", ["model", "rule", "", "why"], rows)
 
 
 def _figures(test: dict[str, Any]) -> list[str]:

@@ -178,7 +178,7 @@ def clear_stale(worktree: Path) -> list[str]:
     file = worktree / ".dvc/tmp/rwlock"
     if file.is_file():
         try:
-            gone = [info for info in held(file) if not _holds(info, file)]
+            gone = [info for info in held(file) if not holds(info, file)]
         except ValueError:
             file.unlink()
             return [*told, f"{file} was not whole, a killed DVC left it: removed"]
@@ -205,7 +205,7 @@ def held(file: Path) -> list[dict[str, Any]]:
     return readers + [info for info in content.get("write", {}).values() if info]
 
 
-def _holds(info: dict[str, Any], file: Path) -> bool:
+def holds(info: dict[str, Any], file: Path) -> bool:
     """Whether the process is there and is that DVC: a number may be in use again, by a process that began later."""
     try:
         process = psutil.Process(info["pid"])

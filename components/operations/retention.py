@@ -19,7 +19,7 @@ from components.common.causes import BusyError
 from components.common.config import load
 from components.operations.day import LOCKS, RUNS, Day, RunConfig, Say, to_stderr
 from components.operations.locks import hold
-from components.operations.repro import held
+from components.operations.repro import held, holds
 from components.operations.worktree import cache, environment, exists, git
 
 MIB = 2**20
@@ -105,9 +105,12 @@ def _runs(root: Path) -> dict[str, date]:
 
 
 def busy(root: Path) -> bool:
-    """Whether a DVC works in the clone's own work tree."""
+    """Whether a DVC works in the clone's own work tree. A lock that a killed one left does not count."""
     file = root / ".dvc/tmp/rwlock"
-    return file.is_file() and bool(held(file))
+    try:
+        return file.is_file() and any(holds(info, file) for info in held(file))
+    except ValueError:  # cut in two by a kill
+        return False
 
 
 def collect(root: Path, worktrees: Iterable[Path]) -> None:

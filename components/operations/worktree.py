@@ -6,6 +6,7 @@ relative path from the worktree's own folder. Outputs are links into the cache, 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -53,6 +54,8 @@ def git(folder: Path, *arguments: str) -> str:
         if not done.returncode:
             return done.stdout.strip()
         said = done.stderr.strip()
+        if os.strerror(errno.ENOSPC) in said:
+            raise BusyError(f"git {' '.join(arguments)}: the disk is full")
         locked = ".lock'" in said or "cannot lock ref" in said
         if not locked:
             raise ValueError(f"git {' '.join(arguments)}: {said}")
@@ -113,7 +116,7 @@ def uncommitted(root: Path) -> list[str]:
     """Code of the work tree that no commit has yet, so that no run takes it."""
     code = {Path(dep).parts[0] for stage in pipeline.read(root).stages.values() for dep in stage.deps}
     paths = sorted({"dvc.yaml", *code} - {"champion.json"})
-    return [line[3:] for line in git(root, "status", "--porcelain", "--", *paths).splitlines()]
+    return [line.split(maxsplit=1)[1] for line in git(root, "status", "--porcelain", "--", *paths).splitlines()]
 
 
 def configure(root: Path, worktree: Path) -> None:

@@ -13,20 +13,27 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from components.common.artifacts import new_folder, write_json
-from components.common.champion import fetched
+from components.common.champion import fetched_versions
 from components.common.dataset import UNSEEN, Dataset, encode_column
 from components.common.scoring import SCORE_BATCH, score
-from components.release.measures import EvaluateConfig, calibration_curve, intervals, measure, roc_points
+from components.release import slices, statistics
+from components.release.measures import EvaluateConfig, calibration_curve, measure, roc_points
 from models.checkpoint import Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch
+
+COST_CANDIDATES = 100  # of the request whose cost is counted
 
 
 def run(
     config: EvaluateConfig, model: str, checkpoint: Path, dataset: Path, champion: Path, output: Path
 ) -> dict[str, Any]:
-    """Write evaluation.json, metrics.json (its headline), predictions.parquet, calibration.csv and roc.csv.
+    """Write evaluation.json, metrics.json (its headline), predictions and valid.parquet, calibration and roc.csv.
 
-    Raises ValueError where the checkpoint was trained under another schema or data, or the test days hold one class.
+    `references` holds the champion and the versions before it that `champion` fetched, on the same rows: its figures,
+    and what is added by this model (`difference`, with standard error and interval).
+
+    Raises ValueError where the checkpoint was trained under another schema or data, a reference has seen the test days,
+    or these hold one class.
     """
     data = Dataset.open(dataset)
     trained = load(checkpoint)
@@ -39,62 +46,150 @@ def run(
             "Raise split.test_share or give more days"
         )
     users = data.columns["user"][start:end].numpy()
-    scores = predict(trained, data, (start, end))
-    oracle = data.columns["oracle"][start:end].numpy() if "oracle" in data.columns else None
-    slices = slice_masks(data)
-    test = {**measure(config, labels, scores, users), **intervals(config, labels, users, auc=scores)}
-    if oracle is not None:
+    models = {"": predict(trained, data, (start, end))}
+    references = []
+    for current, folder in fetched_versions(champion):
+        judge = load(folder)
+        require_unseen(judge, current["version"], data)
+        models[current["version"]] = predict_translated(judge, data, pq.read_table(dataset / UNSEEN), (start, end))
+        references.append((current, judge))
+    drawn = statistics.bootstrap(
+        labels, models, users, bins=config.calibration_bins, resamples=config.bootstrap, seed=config.seed,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    masks = slices.masks(config.slices, data)
+    test = figures(config, labels, models[""], users, drawn[""])
+    if "oracle" in data.columns:
+        oracle = data.columns["oracle"][start:end].numpy()
         test["oracle_auc"] = float(roc_auc_score(labels, oracle))
         test["oracle_logloss"] = float(log_loss(labels, oracle.astype(np.float64)))
+    newest = np.arange(start, end) >= data.facts["newest"]
     found: dict[str, Any] = {
         "model": model,
         "checkpoint_sha256": checkpoint_hash(checkpoint),
         "data_sha256": data.facts["data_sha256"],
         "schema_hash": data.facts["schema_hash"],
+        "configuration": trained.facts["configuration"],
+        "train_rows": trained.facts["train_rows"],
+        "cost": cost(trained, data, (start, end)),
         "test": test,
-        "slices": {name: _slice(config, mask, labels, scores, users) for name, mask in slices.items()},
-        "champion": None,
+        "slices": {name: _slice(config, mask, labels, models[""], users) for name, mask in masks.items()},
+        "references": [
+            {
+                "version": current["version"],
+                "checkpoint_sha256": current["judged_sha256"],
+                "configuration": judge.facts["configuration"],
+                "train_rows": judge.facts["train_rows"],
+                "test": figures(config, labels, models[current["version"]], users, drawn[current["version"]]),
+                "difference": differences(labels, models, current["version"], users, drawn),
+                "newest": difference(newest, labels, models, current["version"], users),
+                "score_drift": statistics.drift(models[current["version"]], models[""]),
+                "slices": {
+                    name: difference(mask, labels, models, current["version"], users) for name, mask in masks.items()
+                },
+            }
+            for current, judge in references
+        ],
     }
-    columns = {"user_id": data.user_ids(slice(start, end)).numpy(), "label": labels, "score": scores}
-    if (serving := fetched(champion)) is not None:
-        current, folder = serving
-        judge = load(folder)
-        require_unseen(judge, current["version"], data)
-        theirs = predict_translated(judge, data, pq.read_table(dataset / UNSEEN), (start, end))
-        columns["champion_score"] = theirs
-        found["champion"] = {
-            "version": current["version"],
-            "checkpoint_sha256": current["checkpoint_sha256"],
-            "test": measure(config, labels, theirs, users),
-            "slices": {name: _slice(config, mask, labels, theirs, users) for name, mask in slices.items()},
-            "difference": intervals(config, labels, users, auc=scores, minus=theirs),
-        }
+    columns = {"user_id": data.user_ids(slice(start, end)).numpy(), "label": labels, "score": models[""]}
+    if references:
+        columns["champion_score"] = models[references[0][0]["version"]]
+    first, last = data.splits["valid"]
+    valid = {
+        "user_id": data.user_ids(slice(first, last)).numpy(),
+        "label": data.columns["label"][first:last].numpy().astype(np.int8),
+        "score": predict(trained, data, (first, last)),
+    }
     with new_folder(output) as folder:
         write_json(folder / "evaluation.json", found)
         headline = ("auc", "group_auc", "logloss", "calibration_error", "oracle_auc")
         write_json(folder / "metrics.json", {name: test[name] for name in headline if name in test})
         pq.write_table(pa.table(columns), folder / "predictions.parquet")
-        calibration_curve(labels, scores, config.calibration_bins).to_csv(folder / "calibration.csv", index=False)
-        roc_points(labels, scores).to_csv(folder / "roc.csv", index=False)
+        pq.write_table(pa.table(valid), folder / "valid.parquet")
+        calibration_curve(labels, models[""], config.calibration_bins).to_csv(folder / "calibration.csv", index=False)
+        roc_points(labels, models[""]).to_csv(folder / "roc.csv", index=False)
     return found
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:
     test = found["test"]
+    low, high = test["intervals"]["auc"]
     lines = {
-        "test AUC": f"{test['auc']:.4f}, 95% interval {test['auc_low']:.4f} to {test['auc_high']:.4f}",
+        "test AUC": f"{test['auc']:.4f}, 95% interval {low:.4f} to {high:.4f}",
         "logloss": f"{test['logloss']:.4f}, {test['base_logloss']:.4f} for always predicting the click rate",
-        "calibration error": f"{test['calibration_error']:.4f}",
+        "calibration": f"error {test['calibration_error']:.4f}, intercept {_signed(test['calibration_intercept'])}, "
+        f"slope {_signed(test['calibration_slope'], '')}",
     }
     if "oracle_auc" in test:
         lines["oracle"] = f"AUC {test['oracle_auc']:.4f}, the ceiling of any model"
-    if (champion := found["champion"]) is not None:
-        difference = champion["difference"]
-        lines[f"champion {champion['version']}"] = (
-            f"AUC {champion['test']['auc']:.4f}; this one's is {difference['auc']:+.4f} from it, 95% interval "
-            f"{difference['auc_low']:+.4f} to {difference['auc_high']:+.4f}"
+    for at, reference in enumerate(found["references"]):
+        auc = reference["difference"]["auc"]
+        lines[f"{'champion' if at == 0 else 'before'} {reference['version']}"] = (
+            f"AUC {reference['test']['auc']:.4f}; this one's is {auc['value']:+.4f} from it, 95% interval "
+            f"{auc['low']:+.4f} to {auc['high']:+.4f}"
         )
     return lines
+
+
+def _signed(value: float | None, sign: str = "+") -> str:
+    return "none" if value is None else f"{value:{sign}.3f}"
+
+
+# ---- figures ----------------------------------------------------------------------------------------------------
+
+
+def figures(
+    config: EvaluateConfig, labels: np.ndarray, scores: np.ndarray, users: np.ndarray, drawn: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """What `measure` finds and the other figures of the resamples, and `intervals`: figure -> [low, high], or None."""
+    found = {name: _known(values[0]) for name, values in drawn.items()} | measure(config, labels, scores, users)
+    ends = {name: statistics.interval(values) for name, values in drawn.items()}
+    return found | {"intervals": {name: [*map(_known, both)] if all(map(np.isfinite, both)) else None
+                                  for name, both in ends.items()}}  # fmt: skip
+
+
+def differences(
+    labels: np.ndarray, models: dict[str, np.ndarray], version: str, users: np.ndarray,
+    drawn: dict[str, dict[str, np.ndarray]],
+) -> dict[str, Any]:  # fmt: skip
+    """Figure -> value, se, low, high of this model's minus the version's, on the same resamples."""
+    found: dict[str, Any] = {}
+    for name in statistics.FIGURES:
+        sample = drawn[""][name] - drawn[version][name]
+        low, high = statistics.interval(sample)
+        known = sample[1:][np.isfinite(sample[1:])]
+        measurable = np.isfinite(sample[0]) and len(known) > 1
+        found[name] = (
+            {"value": float(sample[0]), "se": float(known.std(ddof=1)), "low": low, "high": high}
+            if measurable else None
+        )  # fmt: skip
+    return found | {"auc": difference(np.ones(len(labels), bool), labels, models, version, users)}
+
+
+def difference(
+    mask: np.ndarray, labels: np.ndarray, models: dict[str, np.ndarray], version: str, users: np.ndarray
+) -> dict[str, float] | None:
+    """This model's AUC minus the version's on some of the rows; None where they hold one class, or one user's alone."""
+    if not 0 < labels[mask].sum() < mask.sum():
+        return None
+    units = statistics.units_of(users[mask])
+    found = statistics.auc(labels[mask], models[""][mask], units, minus=models[version][mask])
+    low, high = found.interval()
+    return {"value": found.value, "se": found.se, "low": low, "high": high}
+
+
+def cost(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> int:
+    """Multiplications and additions of scoring one user's COST_CANDIDATES candidates: what serving pays."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = data.batch(slice(rows[1] - COST_CANDIDATES, rows[1]))
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        trained.model(batch, data.catalog, data.click_log)
+    return int(counter.get_total_flops())
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def require_same(trained: Checkpoint, data: Dataset, checkpoint: Path, dataset: Path) -> None:
@@ -123,7 +218,7 @@ def require_unseen(champion: Checkpoint, version: str, data: Dataset) -> None:
 def predict(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
     """Click probabilities, float32, of a range of rows."""
     logit_B, _ = score(trained.model, data, rows)
-    return logit_B.sigmoid().numpy()
+    return trained.calibration(logit_B).numpy()
 
 
 def predict_translated(champion: Checkpoint, data: Dataset, unseen: pa.Table, rows: tuple[int, int]) -> np.ndarray:
@@ -166,7 +261,7 @@ def predict_translated(champion: Checkpoint, data: Dataset, unseen: pa.Table, ro
                     fields[-1][row[first:last] - part.start] = index[first:last]
             fields_BF = torch.stack(fields, 1) if fields else batch.item_B.new_zeros(len(batch.item_B), 0)
             theirs = Batch(fields_BF, item_of[batch.item_B], batch.start_B, batch.end_B)
-            found.append(torch.sigmoid(champion.model(theirs, champion.catalog, log).logit_B))
+            found.append(champion.calibration(champion.model(theirs, champion.catalog, log).logit_B))
     return torch.cat(found).float().numpy()
 
 
@@ -174,37 +269,7 @@ def _type(vocab: tuple[str, ...] | None) -> pa.DataType:
     return pa.int64() if vocab is None else pa.string()
 
 
-# ---- slices ----------------------------------------------------------------------------------------------------
-
-
-def slice_masks(data: Dataset) -> dict[str, np.ndarray]:
-    """Test rows by what is hard about them: bool [rows] each."""
-    train, test = (slice(*data.splits[name]) for name in ("train", "test"))
-    item, user = data.columns["item"].long(), data.columns["user"].long()
-    seen_item = torch.zeros(len(data.catalog), dtype=torch.bool)
-    seen_item[item[train]] = True
-    seen_user = torch.zeros(int(user.max()) + 1, dtype=torch.bool)
-    seen_user[user[train]] = True
-    length = data.columns["length"][test].long()
-    masks = {
-        "new items": ~seen_item[item[test]],
-        "new users": ~seen_user[user[test]],
-        "history 0": length == 0,
-        "history 1-4": (length >= 1) & (length <= 4),
-        "history 5-19": (length >= 5) & (length <= 19),
-        "history 20+": length >= 20,
-    }
-    if data.catalog.vector_IE is not None:
-        masks["no item vector"] = ~(data.catalog.vector_IE != 0).any(1)[item[test]]
-    return {name: mask.numpy() for name, mask in masks.items()}
-
-
 def _slice(
     config: EvaluateConfig, mask: np.ndarray, labels: np.ndarray, scores: np.ndarray, users: np.ndarray
 ) -> dict[str, Any]:
-    if not mask.any():
-        return {"rows": 0, "small": True, "auc": None}
-    return {
-        **measure(config, labels[mask], scores[mask], users[mask]),
-        "small": int(mask.sum()) < config.min_slice_rows,
-    }
+    return measure(config, labels[mask], scores[mask], users[mask]) if mask.any() else {"rows": 0, "auc": None}

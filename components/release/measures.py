@@ -1,7 +1,6 @@
-"""What is measured of scores on rows with labels.
+"""What is measured of scores on rows with labels; `statistics` says how sure each figure is.
 
-auc                 area under the ROC curve, with a 95% interval. Users are resampled, because rows of one user are
-                    not independent; where all rows are of one user (data without users), rows are resampled
+auc                 area under the ROC curve
 group_auc           mean of the users' own AUCs, weighted by their impressions; users with one class are left out.
                     For data without users it is the AUC. Where no user has both classes there is none
 calibration_error   mean |predicted - observed| over equally filled bins, weighted by rows
@@ -16,6 +15,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
+from components.release.slices import SlicesConfig
+
 ROC_POINTS = 200
 
 
@@ -24,16 +25,16 @@ class EvaluateConfig:
     """seed              of the resampling
     bootstrap         resamples of users (of rows, where there is one user) behind each interval
     calibration_bins  equally filled bins of the predicted probability
-    min_slice_rows    a smaller slice is marked as small, and the gate does not judge it
+    slices            what the test rows are cut by
     """
 
     seed: int
     bootstrap: int
     calibration_bins: int
-    min_slice_rows: int
+    slices: SlicesConfig
 
     def __post_init__(self) -> None:
-        for name in ("bootstrap", "calibration_bins", "min_slice_rows"):
+        for name in ("bootstrap", "calibration_bins"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 2")
 
@@ -80,39 +81,6 @@ def calibration_curve(labels: np.ndarray, scores: np.ndarray, bins: int) -> pd.D
             "rows": [len(part) for part in parts],
         }
     )
-
-
-def intervals(
-    config: EvaluateConfig, labels: np.ndarray, users: np.ndarray, *, auc: np.ndarray, minus: np.ndarray | None = None
-) -> dict[str, Any]:
-    """95% interval of the AUC, or of its difference to another score on the same rows.
-
-    Users are resampled; rows where all are of one user.
-    """
-    rng = np.random.default_rng(config.seed)
-    distinct, user = np.unique(users, return_inverse=True)
-    if len(distinct) == 1:
-        user = np.arange(len(users))
-    found = []
-    for _ in range(config.bootstrap):
-        weights = rng.poisson(1, user.max() + 1)[user]  # as many resampled users as there are, on average
-        kept = weights > 0
-        if not labels[kept].any() or labels[kept].all():
-            continue
-        value = roc_auc_score(labels[kept], auc[kept], sample_weight=weights[kept])
-        if minus is not None:
-            value -= roc_auc_score(labels[kept], minus[kept], sample_weight=weights[kept])
-        found.append(value)
-    if not found:
-        raise ValueError(
-            f"evaluate.bootstrap is {config.bootstrap}: no resample of {user.max() + 1} users held both classes; "
-            "raise it, or give more test days"
-        )
-    low, high = (float(v) for v in np.quantile(found, [0.025, 0.975]))
-    if minus is None:
-        return {"auc_low": low, "auc_high": high}
-    whole = float(roc_auc_score(labels, auc) - roc_auc_score(labels, minus))
-    return {"auc": whole, "auc_low": low, "auc_high": high}
 
 
 def roc_points(labels: np.ndarray, scores: np.ndarray) -> pd.DataFrame:

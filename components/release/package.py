@@ -290,7 +290,7 @@ def offline_scores(checkpoint: Checkpoint, sources: Sources, request: dict[str, 
         torch.full((B,), max(0, C - checkpoint.encoder.schema.history_length)),
         torch.full((B,), C),
     )
-    return torch.sigmoid(checkpoint.model(batch, checkpoint.catalog, clicks_C).logit_B).double()
+    return checkpoint.calibration(checkpoint.model(batch, checkpoint.catalog, clicks_C).logit_B).double()
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from components.release import stored, versions
 from components.release.versions import DECISION, PACKAGE, SMOKE, Version
 
 FEATURES, REPO, RECEIPT = "data/features", "feature_repo", "receipt.json"
+AGES = (2, 4, 8, 16)  # days: the champions of then are judges too
 NO_FEATURES = {"user_id", "item_id", "event_timestamp", "created_timestamp"}  # columns of the views' sources
 
 
@@ -104,7 +105,8 @@ def judge(root: Path, live: Path, day: str) -> dict[str, Any]:
     """champion.json of the run of a day: the version that a challenger is compared with, and may start from.
 
     A run that there is already keeps the judge that it had. Else it is the champion that serves, if it is of an
-    earlier day; else the newest version of an earlier day that ever was the champion; else none.
+    earlier day; else the newest version of an earlier day that ever was the champion; else none. With it come the
+    versions that were the champion AGES days ago, which small losses are found by, and what earlier nights measured.
     """
     try:
         return json.loads(versions.git(root, "show", f"{versions.RUN}{day}:champion.json"))
@@ -114,9 +116,17 @@ def judge(root: Path, live: Path, day: str) -> dict[str, Any]:
     now = current(live)
     serving = next((one for one in promoted.values() if now and _released(live, one) == now.release), None)
     earlier = sorted((one for one in promoted.values() if one.day < day), key=lambda one: one.day)
-    if serving in earlier:
-        return serving.pointer()  # type: ignore[union-attr]
-    return earlier[-1].pointer() if earlier else {"version": None}
+    if not earlier:
+        return {"version": None}
+    chosen = serving if serving in earlier else earlier[-1]
+    assert chosen is not None
+    limits = [str(date.fromisoformat(day) - timedelta(days=age)) for age in AGES]
+    before = [next((one for one in reversed(earlier) if one.day <= limit), None) for limit in limits]
+    others = dict.fromkeys(one.tag for one in before if one is not None and one.day < chosen.day)
+    return chosen.pointer() | {
+        "earlier": [promoted[tag].pointer() for tag in others],
+        "nights": versions.nights(root, day),
+    }
 
 
 def pin(root: Path, version: str | None) -> str:

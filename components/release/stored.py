@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dvc.api import DVCFileSystem
+    from dvc.repo import Repo
 
 
 @lru_cache(maxsize=2)
@@ -36,24 +37,23 @@ def get(root: Path, commit: str, path: str, folder: Path) -> None:
 
 
 def not_pushed(root: Path, commit: str, paths: Iterable[str]) -> list[str]:
-    """Those of the outputs at a commit whose bytes are not all on DVC's default remote."""
+    """Those of the outputs at a commit whose bytes are not all on DVC's default remote, each with what lacks."""
     from dvc.repo import Repo
 
     with Repo(str(root), rev=commit) as repo:
-        return [path for path in paths if _lacks(repo, path)]
+        return [f"{path} ({lacks})" for path in paths if (lacks := _lacks(repo, path))]
 
 
-def _lacks(repo: object, path: str) -> bool:
+def _lacks(repo: Repo, path: str) -> str | None:
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
-    assert isinstance(repo, Repo)
     try:
         wanted = {one for used in repo.used_objs([path]).values() for one in used}
         status = repo.cloud.status(wanted)
-    except (DvcException, OSError):  # no such output, no remote, or nobody answers there
-        return True
-    return bool(status.new or status.missing)
+    except (DvcException, OSError) as error:  # no such output, no remote, or nobody answers there
+        return f"{type(error).__name__}: {error}"
+    lost = status.new | status.missing
+    return f"{len(lost)} of {len(wanted)} files" if lost else None
 
 
 def _gone(commit: str, path: str, error: Exception) -> ValueError:

@@ -90,6 +90,16 @@ def history(root: Path) -> list[Promotion]:
     return sorted(found, key=lambda one: one.number, reverse=True)
 
 
+def nights(root: Path, before: str) -> list[dict[str, Any]]:
+    """What the gate measured on the runs of earlier days (`night` of decision.json), by day."""
+    found = {}
+    for tag, _, subject in _tags(root, f"{RUN}*"):
+        day = tag.removeprefix(RUN)
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", day) and day < before and (night := _json(subject).get("night")):
+            found[day] = night
+    return [found[day] for day in sorted(found)]
+
+
 def champion(root: Path) -> Version | None:
     """The version that was promoted last."""
     return next((one.version for one in history(root)), None)

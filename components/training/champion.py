@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.common.artifacts import new_folder
-from components.common.champion import CHECKPOINT, POINTER, read_pointer
+from components.common.champion import CHECKPOINT, EARLIER, POINTER, read_pointer
 from models.checkpoint import checkpoint_hash
 
 
@@ -22,6 +22,8 @@ def run(pointer: Path, output: Path) -> dict[str, Any]:
         shutil.copyfile(pointer, folder / POINTER)
         if champion is not None:
             fetch(champion, folder / CHECKPOINT)
+            for version in champion.get("earlier", ()):
+                fetch(version, folder / EARLIER / version["version"])
     return champion or {}
 
 

@@ -72,7 +72,7 @@ class Loop:
         scratch: Path = SCRATCH,
     ) -> None:
         first, last = data.splits["train"]
-        config = config.for_rows(last - first)
+        self.asked, config = config, config.for_rows(last - first)
         self.name, self.config, self.model, self.ranks = name, config, model, ranks or Ranks()
         self.rates, self.device = rates, next(model.parameters()).device
         keep_freed_memory()

@@ -3,7 +3,7 @@
 The gate judges a model that has seen no test day. Once it is approved, there is nothing left to hold back: the same
 network is fitted from the same start, with the same settings and seed, on every row, for as many epochs as the valid
 days chose. Vocabularies and catalog stay, so package and serving see no difference. No rows are left to judge by. So
-the new model is compared with the approved one on the test days. If a check fails, the approved one ships, and the
+the new model is compared with the approved one on the newest day. If a check fails, the approved one ships, and the
 decision says so.
 
     checkpoints/refit             what ships, either kind; refit.json alone where the gate rejected
@@ -41,9 +41,9 @@ BINS = 10  # of equally many rows, by predicted probability
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     """enabled                false ships the model that the gate judged
-    min_correlation        of the logits of both models on the test days
-    max_calibration_error  mean |predicted - clicked| over equally filled bins of the test rows
-    logloss_noise          standard errors by which the test logloss may be above the approved model's, which has not
+    min_correlation        of the logits of both models on the newest day
+    max_calibration_error  mean |predicted - clicked| over equally filled bins of that day's rows
+    logloss_noise          standard errors by which the logloss may be above that of the approved model, which has not
                            seen these rows. Rows of one user count as one observation
     device                 as in `train`
     """
@@ -99,7 +99,7 @@ def run(
             "train_until": data.midnight("ends"),
             "refit_of": judged["checkpoint_sha256"],
         }
-        write_best(output, name, loop, data, known)
+        write_best(output, name, loop, data, known, approved.calibration)  # no row is left to fit it on
     else:
         with new_folder(output) as folder:
             for file in CHECKPOINT_FILES:
@@ -140,12 +140,13 @@ def begin(config: RefitConfig, judged: dict[str, Any], approved: Checkpoint, sta
 
 
 def compare(config: RefitConfig, data: Dataset, approved: Checkpoint, loop: Loop) -> list[dict[str, Any]]:
-    """The fitted model beside the approved one on the test days: each rule with its value, limit and verdict."""
-    rows = data.splits["test"]
+    """The fitted model beside the approved one on the newest day: each rule with its value, limit and verdict."""
+    rows = data.newest_day
     fitted = build(approved.family, approved.network, data.schema)
     fitted.load_state_dict(loop.state.best)
-    old_B, label_B = (column.double() for column in score(approved.model, data, rows))
-    new_B = score(fitted, data, rows)[0].double()
+    slope, intercept = approved.calibration
+    label_B = data.columns["label"][slice(*rows)].double()
+    old_B, new_B = (slope * score(m, data, rows)[0].double() + intercept for m in (approved.model, fitted))
     rise, error = logloss_rise(new_B, old_B, label_B, data.columns["user"][slice(*rows)].long())
     noise = config.logloss_noise * error
     correlation = float(torch.corrcoef(torch.stack((old_B, new_B)))[0, 1])

@@ -9,6 +9,8 @@ processes under torchrun see `components.training.parallel`.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +18,16 @@ from typing import Any
 
 import torch
 
-from components.common.artifacts import new_file, new_folder, write_json
+import models
+from components.common.artifacts import file_hash, new_file, new_folder, write_json
 from components.common.dataset import Dataset
+from components.common.scoring import score
+from components.training import calibration
 from components.training.config import TrainConfig
 from components.training.loop import SCRATCH, DivergenceError, Loop, TrainingError, enough_memory
 from components.training.parallel import local_rank, ranks
 from components.training.warm_start import Start, knows_valid_days, take_weights
-from models.checkpoint import Checkpoint, save
+from models.checkpoint import Calibration, Checkpoint, save
 from models.families import build
 from models.kernels import choice
 
@@ -145,13 +150,31 @@ def facts(loop: Loop, champion: str | None) -> dict[str, Any]:
         "train": {key: value for key, value in asdict(loop.config).items() if key not in ("network", "device")},
         "train_rows": last - first,
         "train_until": data.midnight("test_from"),
+        "configuration": configuration(loop),
         "warm_start": champion,
     }
 
 
-def write_best(folder: Path, name: str, loop: Loop, data: Dataset, facts: dict[str, Any]) -> None:
-    """The best epoch's checkpoint, whole or not at all; the model takes its weights."""
+def configuration(loop: Loop) -> str:
+    """A hash of what a person may change of a model: settings, network, features and the code of the models. Two models
+    of one configuration differ in their data and their seed alone. The rows decide the batch size of 0."""
+    said = {key: value for key, value in asdict(loop.asked).items() if key not in ("seed", "device")}
+    features = [(f.name, f.owner, f.kind, f.origin, f.numeric) for f in loop.data.schema.features]
+    code = sorted(file for file in Path(str(models.__file__)).parent.rglob("*") if file.suffix in (".py", ".c"))
+    parts = [loop.name, said, features, loop.data.schema.history_length, *map(file_hash, code)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_best(
+    folder: Path, name: str, loop: Loop, data: Dataset, facts: dict[str, Any], calibrated: Calibration | None = None
+) -> None:
+    """The best epoch's checkpoint, whole or not at all; the model takes its weights.
+
+    calibrated  the calibration; None fits it on the valid days
+    """
     loop.model.load_state_dict(loop.state.best)
+    if calibrated is None:
+        calibrated = calibration.fit(*score(loop.model, loop.data, data.splits["valid"]))
     with new_folder(folder) as scratch:
         checkpoint = Checkpoint(
             family=name,
@@ -161,6 +184,7 @@ def write_best(folder: Path, name: str, loop: Loop, data: Dataset, facts: dict[s
             catalog=data.catalog,
             schema_hash=data.facts["schema_hash"],
             facts=facts,
+            calibration=calibrated,
         )
         save(scratch, checkpoint)
 

@@ -74,10 +74,14 @@ def make(features: Path, users: int, items: int, hour: int = 0) -> None:
 
 
 def alone(*words: str) -> tuple[float, float]:
-    """Seconds of this file's command in a process of its own, and MiB at its peak."""
-    start = time.perf_counter()
+    """Seconds of this file's command in a process of its own, and the number that it prints last. Its CPU seconds go to
+    standard error: on a busy machine they say more."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-    return time.perf_counter() - start, float(done.stdout.split()[-1])
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{words[0]}: {seconds:.1f} s, {spent:.1f} s of CPU", file=sys.stderr, flush=True)
+    return seconds, float(done.stdout.split()[-1])
 
 
 def one(what: str, folder: Path, features: Path) -> None:

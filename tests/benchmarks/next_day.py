@@ -14,9 +14,9 @@ from models.checkpoint import load
 
 
 def auc_on(checkpoint: Path, dataset: Path) -> float:
-    """AUC of a checkpoint, by its own vocabularies and catalog, on the newest days of a later run's dataset.
+    """AUC of a checkpoint, by its own vocabularies and catalog, on the newest day of a later run's dataset.
 
-    Raises ValueError where it has seen one of them.
+    Raises ValueError where it has seen that day.
     """
     return score_on(checkpoint, dataset)[0]
 
@@ -29,10 +29,10 @@ def score_on(checkpoint: Path, dataset: Path) -> tuple[float, float]:
     import pyarrow.parquet as pq
 
     model, data = load(checkpoint), Dataset.open(dataset)
-    seen, test = model.facts["train_until"], data.midnight("test_from")
-    if seen > test:
-        raise ValueError(f"{checkpoint} has seen the days until {seen}; {dataset} asks about those from {test} on")
-    start, end = data.splits["test"]
+    seen, ends = model.facts["train_until"], data.midnight("ends")
+    if seen >= ends:
+        raise ValueError(f"{checkpoint} has seen the days until {seen}, and {dataset} ends at {ends}")
+    start, end = data.newest_day
     scores = predict_translated(model, data, pq.read_table(dataset / UNSEEN), (start, end))
     labels = data.columns["label"][start:end].numpy()
     true = data.columns["oracle"][start:end].double().numpy() if "oracle" in data.columns else labels

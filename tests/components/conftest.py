@@ -176,6 +176,7 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
         "valid_from": raw.valid_from,
         "test_from": raw.test_from,
         "ends": raw.ends,
+        "newest": (raw.splits["test"][0] + raw.splits["test"][1]) // 2,
         "bytes_per_row": 20,
         "data_sha256": file_hash(folder / "rows.safetensors"),
         "schema_hash": schema_hash(encoder.schema, encoder.integers, catalog),

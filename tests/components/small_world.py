@@ -84,7 +84,7 @@ def ingest_config(
         window_days = WINDOW_DAYS
     return IngestConfig(
         source=source, raw=raw or str(PROJECT / SIMULATOR_RAW), until=until, window_days=window_days,
-        lead_days=lead_days, max_rejected=0.01, picture_hosts=[], simulator=SIMULATOR, files=files,
+        lead_days=lead_days, missing_day="fail", max_rejected=0.01, picture_hosts=[], simulator=SIMULATOR, files=files,
     )  # fmt: skip
 
 

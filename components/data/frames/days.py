@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from components.data.frames.rows import features, partition_days
 from components.data.thresholds import CHANCE, DAYS, FLOORS, SIGMA, WEEK, WEEKS, ValidateConfig
 
 DAY = np.timedelta64(1, "D")
+HOUR = np.timedelta64(1, "h")
 BUCKETS = 4096  # counters of one feature's values; a feature with more values shares them
 
 
@@ -51,7 +52,7 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
     If a source gives its own histories, its timestamps are only an order: all of its rows count as one day, with no day
     before it.
     """
-    events, day, last = data.events(), partition_days(data), last_day(data, until)
+    events, day, last = data.events(), partition_days(data), last_day(data, config, until)
     if HISTORY[0] in events.column_names:
         day = np.full(len(day), last)
     before = max(config.trailing_days, WEEK * WEEKS)
@@ -79,14 +80,17 @@ def recent_days(data: Canonical, config: ValidateConfig, until: datetime | None)
     )
 
 
-def last_day(data: Canonical, until: datetime | None) -> np.datetime64:
-    """The newest day that is complete at `until`, even if it is empty. If `until` is None, the newest day with events
-    that is complete now.
+def last_day(data: Canonical, config: ValidateConfig, until: datetime | None) -> np.datetime64:
+    """The newest day that is complete at `until`, even if it is empty. If `until` is None, the newest day with events,
+    or the day before where its events end much earlier than those of other days: no clock says whether it is over.
 
     A day that is not complete has fewer rows and other hours, so it is not judged.
     """
-    over = np.datetime64((until or datetime.now(UTC)).replace(tzinfo=None), "D") - DAY
-    return over if until else min([over, *np.array(data.days()[-1:], dtype="datetime64[D]")])
+    if until is not None:
+        return np.datetime64(until.replace(tzinfo=None), "D") - DAY
+    newest = np.array(data.days(), dtype="datetime64[D]")[-1]
+    before = newest - (config.trailing_days + WEEK * WEEKS) * DAY
+    return newest - DAY * bool(ends_early(data.events(str(before))["timestamp"], newest, config))
 
 
 def day_frame(recent: Recent, config: ValidateConfig) -> pd.DataFrame:
@@ -109,16 +113,55 @@ def figure_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.
     """
     tables = []
     for figure, of, value_D, chance_D in _figures(recent, data, config.trailing_days):
-        beside = (_before(value_D, config.trailing_days), _before(value_D, WEEKS, WEEK))
-        usual_BD, spread_BD = map(np.stack, zip(*beside, strict=True))
-        allowed_BD = FLOORS[figure] + config.spreads * SIGMA * spread_BD + CHANCE * chance_D
-        off_BD = (value_D - usual_BD) / allowed_BD
-        weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False if there are too few weeks
-        table = {"day": recent.days, "figure": figure, "of": of, "value": value_D}
-        for name, (days_D, weeks_D) in {"usual": usual_BD, "allowed": allowed_BD, "off": off_BD}.items():
-            table[name] = np.where(weekly_D, weeks_D, days_D)
+        table = {"day": recent.days, "figure": figure, "of": of, **beside(figure, value_D, chance_D, config)}
         tables.append(pd.DataFrame(table)[recent.judged_D])
     return pd.concat(tables, ignore_index=True)
+
+
+def beside(figure: str, value_D: np.ndarray, chance_D: np.ndarray, config: ValidateConfig) -> dict[str, np.ndarray]:
+    """`value`, `usual`, `allowed` and `off` of a figure on each day; NaN if too few days before it have a value."""
+    before = (_before(value_D, config.trailing_days), _before(value_D, WEEKS, WEEK))
+    usual_BD, spread_BD = map(np.stack, zip(*before, strict=True))
+    allowed_BD = FLOORS[figure] + config.spreads * SIGMA * spread_BD + CHANCE * chance_D
+    off_BD = (value_D - usual_BD) / allowed_BD
+    weekly_D = np.abs(off_BD[1]) < np.abs(off_BD[0])  # False if there are too few weeks
+    found = {"usual": usual_BD, "allowed": allowed_BD, "off": off_BD}
+    return {"value": value_D} | {name: np.where(weekly_D, weeks_D, days_D) for name, (days_D, weeks_D) in found.items()}
+
+
+def newest_frame(recent: Recent, data: Canonical, config: ValidateConfig) -> pd.DataFrame:
+    """One row: the newest day, and whether it `is_whole`. `why` says what is missing.
+
+    A day without a row is missing. A day with far fewer rows than usual, or whose events end much earlier than usual,
+    came in part. No row where the data begin later.
+    """
+    day, rows = recent.days[-1], int(recent.rows_D[-1])
+    if str(day) < data.days()[0]:
+        return pd.DataFrame({"day": [], "rows": [], "usual_rows": [], "is_whole": [], "why": []})
+    why = "" if rows else "no event"
+    if rows and recent.judged_D[-1]:
+        rows_D = np.where(recent.rows_D, recent.rows_D, np.nan).astype(float)
+        if beside("volume", np.log(rows_D), rows_D**-0.5, config)["off"][-1] < -1:
+            why = f"{rows:,} rows, usually {recent.usual_D[-1]:,.0f}"
+        else:
+            why = ends_early(recent.events["timestamp"], day, config)
+    found = {"day": day, "rows": rows, "usual_rows": recent.usual_D[-1], "is_whole": not why, "why": why}
+    return pd.DataFrame([found])
+
+
+def ends_early(times: pa.ChunkedArray, day: np.datetime64, config: ValidateConfig) -> str:
+    """How much earlier than usual the events of a day end, or "" where they end about when they usually do."""
+    time = times.drop_null().to_numpy().astype("datetime64[us]")
+    day_R = time.astype("datetime64[D]")
+    days = np.arange(day_R.min(), day + DAY)
+    gap_D, rows_D = np.full(len(days), np.nan), np.full(len(days), np.nan)
+    for at, one in enumerate(days):
+        if len(own := time[day_R == one]):
+            gap_D[at], rows_D[at] = (one + DAY - own.max()) / HOUR, len(own)
+    found = beside("ends_early", gap_D, 24 / rows_D, config)
+    if not found["off"][-1] > 1:
+        return ""
+    return f"its last event is {gap_D[-1]:.1f} hours before midnight, usually {found['usual'][-1]:.1f}"
 
 
 def _figures(recent: Recent, data: Canonical, width: int) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:

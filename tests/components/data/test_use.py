@@ -57,14 +57,16 @@ def named(params: Path) -> tuple[str, str]:
     return content["source"], content["raw"]
 
 
-def test_two_values_are_written_and_every_comment_kept(params: Path, movielens: Path) -> None:
+def test_its_values_are_written_and_every_comment_kept(params: Path, movielens: Path) -> None:
     before = params.read_text().splitlines()
     use("movielens", str(movielens), params)
     after = params.read_text().splitlines()
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
-    assert [a.split()[0] for a, _ in changed] == ["source:", "raw:"]
+    assert [a.split()[0] for a, _ in changed] == ["source:", "raw:", "until:", "window_days:"]
     assert changed[0][1].startswith("  source: movielens ")
     assert changed[1][1].startswith(f"  raw: {movielens} ")
+    assert changed[2][1].startswith('  until: "2001-01-01T00:00:00+00:00" ')  # the end of the day of the last rating
+    assert changed[3][1].startswith("  window_days: null ")
     for a, b in changed:
         assert "#" in a and a.split("#")[1] == b.split("#")[1]
 
@@ -84,12 +86,32 @@ def test_what_is_used_already_is_not_written_again(params: Path, monkeypatch: py
     assert (params.stat().st_ino, params.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_a_simulator_whose_days_were_chosen_keeps_them(params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    params.write_text(
+        params.read_text().replace("2026-01-11T00", "2031-05-05T00").replace("window_days: 10", "window_days: 9 ")
+    )
+    before = params.read_bytes()
+    use("simulator", None, params)
+    assert params.read_bytes() == before
+
+
+def test_a_source_without_times_has_no_until(mine: Path, params: Path) -> None:
+    rows = "".join(f"{i % 3},{int(i % 4 == 0)},{'train' if i < 6 else 'valid'}\n" for i in range(8))
+    (mine / "events.csv").write_text("item_id,label,split\n" + rows)
+    map_events(params, MAPPING | {"categorical": [], "numeric": []})
+    use("files", str(mine), params)
+    assert yaml.safe_load(params.read_text())["ingest"]["until"] is None
+
+
 def test_it_says_what_it_saw(mine: Path, params: Path, capsys: pytest.CaptureFixture[str]) -> None:
     use("files", str(mine), params)
     said = capsys.readouterr().out
     for words in ("user_id", "int64", "device", "feature", "price", "number", "2024-03-01 to 2024-03-02", "25.0%"):
         assert words in said, words
     assert "Next: dvc repro" in said and named(params) == ("files", str(mine))
+    ingest = yaml.safe_load(params.read_text())["ingest"]
+    assert (ingest["until"], ingest["window_days"]) == ("2024-03-03T00:00:00+00:00", None)
 
 
 def test_it_looks_at_the_last_file_too(mine: Path, params: Path) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from components.common.artifacts import write_json
+from components.common.artifacts import folder_hash, write_json
 from components.common.contracts import HISTORIES, HISTORY, Canonical
 from components.common.splits import SplitConfig
 from components.common.verdict import require
@@ -138,7 +137,7 @@ def pages(docs: Path) -> str:
 
 def test_clean_data_passes_every_rule(passed: Judged, clean: Path) -> None:
     assert passed.error == "" and passed.report["passed"] is True and passed.broken == set()
-    tables = {"events", "days", "figures", "columns", "items", "users", "quarantine", "freshness"}
+    tables = {"events", "days", "figures", "columns", "items", "users", "quarantine", "freshness", "newest day"}
     tables |= {f"{kind} {name}" for kind in ("modality", "coverage", "new items") for name in ("text", "image")}
     assert {rule["table"] for rule in passed.report["rules"]} == tables == passed.report["rows"].keys()
     assert passed.report["rows"]["events"] == Canonical(clean).events().num_rows
@@ -294,6 +293,7 @@ def test_a_thin_day_and_stale_data(planter: Callable[[], Planter]) -> None:
     planted.until("2024-03-10T12:00:00+00:00")
     found = judged(planted.root)
     assert found.broken == {
+        "newest day.is_whole: column_values_to_be_in_set",
         "figures.volume: column_values_to_be_between",
         "days.rows_if_judged: column_values_to_be_between",  # the day before `until` has no event
         "freshness.age_hours: column_values_to_be_between",
@@ -334,8 +334,8 @@ def test_the_judged_days(clean: Path) -> None:
 
 
 @pytest.mark.parametrize("hour", [6, 12])
-def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither at `until`, nor, where that is null, now."""
+def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path) -> None:
+    """Neither at `until`, nor, where that is null, where its events end much earlier than those of other days."""
     now = datetime(2024, 3, 8, hour, tzinfo=UTC)
     facts = ingest.run(ingest_config(until=now.isoformat(), window_days=8), tmp_path / "canonical")
     assert facts["last_day"] == "2024-03-08" and 7 * 400 < facts["impressions"] < 7.6 * 400
@@ -344,12 +344,6 @@ def test_a_day_that_is_not_over_is_not_judged(hour: int, tmp_path: Path, monkeyp
     assert found.report["not_judged"] == ["days: 2024-03-08 is not complete"]
     assert found.report["rows"]["events"] == facts["impressions"]  # its rows are, one by one
 
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return now
-
-    monkeypatch.setattr(frames_of_days, "datetime", Clock)
     Planter(tmp_path / "canonical").until(None)
     found = judged(tmp_path / "canonical")
     assert (found.error, found.broken) == ("", set())
@@ -601,14 +595,12 @@ def test_later_stages_refuse_what_did_not_pass(cells: Judged, tmp_path: Path) ->
     assert kept.is_file()  # a refusal takes nothing away
 
 
-def test_without_until_freshness_is_not_judged_and_now_is_the_limit(clean: Path) -> None:
-    data = Canonical(clean)
-    assert pc.max(data.events()["timestamp"]).as_py() < datetime.now(UTC)
-    columns = event_frame(data).columns
+def test_without_until_no_rule_follows_the_clock(clean: Path) -> None:
+    columns = event_frame(Canonical(clean)).columns
     (limit,) = (
         r for r in rules.event_rules(None, columns) if r.column == "timestamp" and "between" in r.expectation_type
     )
-    assert abs(pd.Timestamp(limit.max_value) - pd.Timestamp.now(tz="UTC")) < pd.Timedelta(minutes=1)
+    assert limit.min_value is not None and limit.max_value is None
 
 
 def test_events_are_judged_column_by_column(clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,6 +614,70 @@ def test_events_are_judged_column_by_column(clean: Path, tmp_path: Path, monkeyp
     verdicts = validate.judge({"events": tables["events"]}, tmp_path / "docs")
     assert "true_probability" in {verdict["column"] for verdict in verdicts}
     assert all(verdict["passed"] for verdict in verdicts)
+
+
+# ---- the newest day ---------------------------------------------------------------------------------------------
+
+
+WHOLE = "newest day.is_whole: column_values_to_be_in_set"
+
+
+def newest(planted: Planter) -> dict[str, Any]:
+    """What is said of the newest day, without Great Expectations."""
+    data = Canonical(planted.root)
+    until = datetime(2024, 3, 9, tzinfo=UTC)
+    (row,) = frames_of_days.newest_frame(recent_days(data, VALIDATE, until), data, VALIDATE).to_dict("records")
+    return row
+
+
+def test_the_newest_day_is_whole_missing_half_there_or_cut(planter: Callable[[], Planter]) -> None:
+    planted = planter()
+    assert newest(planted)["is_whole"] and newest(planted)["why"] == ""
+    planted.day("2024-03-08", lambda t: t.slice(0, 300))  # its evening is missing: fewer rows by a quarter
+    last = newest(planted)
+    assert not last["is_whole"] and "hours before midnight, usually 0." in last["why"]
+    planted.day("2024-03-08", lambda t: t.take(list(range(0, 300, 5))))
+    assert newest(planted)["why"] == "60 rows, usually 400"
+    shutil.rmtree(planted.root / "events/day=2024-03-08")
+    assert newest(planted)["why"] == "no event" and newest(planted)["rows"] == 0
+
+
+def test_a_day_that_came_in_part_stops_the_run_or_is_told(planter: Callable[[], Planter]) -> None:
+    planted = planter()
+    planted.day("2024-03-08", lambda t: t.slice(0, 150))
+    found = judged(planted.root)
+    assert WHOLE in found.broken and "'day': '2024-03-08" in found.error and "150 rows, usually 400" in found.error
+    assert "run it when the rest has come" in found.error and "ingest.missing_day to go_on" in found.error
+    facts = json.loads((planted.root / "source.json").read_text())
+    write_json(planted.root / "source.json", facts | {"missing_day": "go_on"})
+    found = judged(planted.root)
+    assert (found.error, found.broken) == ("", {f"?{WHOLE}"})
+    assert found.report["not_judged"][0] == (
+        "days: 2024-03-08 is not whole (150 rows, usually 400): see ingest.missing_day"
+    )
+
+
+def test_until_beyond_the_data_stops_the_run(planter: Callable[[], Planter]) -> None:
+    planted = planter()
+    planted.until("2024-03-10T00:00:00+00:00")  # the newest event is 24 hours old, which is fresh enough
+    found = judged(planted.root)
+    assert WHOLE in found.broken and "freshness.age_hours" not in str(found.broken)
+    assert "2024-03-09" in found.error and "no event" in found.error
+
+
+def test_without_until_old_data_are_told_and_the_clock_is_in_no_output(
+    planter: Callable[[], Planter], caplog: pytest.LogCaptureFixture
+) -> None:
+    planted = planter()
+    planted.until(None)
+    first = judged(planted.root)
+    assert first.error == "" and "the newest event is of 2024-03-08, " in caplog.text
+    days = (datetime.now(UTC) - datetime(2024, 3, 8, tzinfo=UTC)).days
+    assert f"{days:,} days ago" in str(validate.old_data(json.loads((planted.root / "source.json").read_text())))
+    before = (folder_hash(first.docs), first.report_file.read_bytes())
+    second = judged(planted.root)
+    assert (folder_hash(second.docs), second.report_file.read_bytes()) == before
+    assert validate.old_data({"until": UNTIL, "last_day": "2024-03-08"}) is None
 
 
 # ---- several at once --------------------------------------------------------------------------------------------

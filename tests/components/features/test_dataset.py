@@ -359,6 +359,7 @@ def test_splits_are_whole_days(data: Dataset, rows: list[Row]) -> None:
     assert days == [{0, 1, 2, 3, 4}, {5, 6}, {7, 8}]  # 15 and 20 percent of nine days, rounded up to days
     days = [data.facts[name] for name in ("valid_from", "test_from", "ends")]
     assert days == ["2024-03-06", "2024-03-08", "2024-03-10"]
+    assert data.newest_day == (day.index(8), len(rows))
     assert data.midnight("ends") == "2024-03-10T00:00:00+00:00"
     for name, (start, end) in data.splits.items():
         assert data.facts["label_rate"][name] == pytest.approx(np.mean([r.label for r in rows[start:end]]))

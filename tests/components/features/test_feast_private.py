@@ -90,7 +90,7 @@ def test_the_parts_of_a_view_and_of_a_job_that_the_join_reads() -> None:
 
 
 def test_the_layout_of_a_redis_key() -> None:
-    """What names the entity, the id's type and length (4 bytes each), the id, and the project: `forget_redis` reads it."""
+    """What names the entity, the id's type and length (4 bytes each), the id, and the project."""
     from feast.infra.online_stores.helpers import _redis_key, _redis_key_prefix
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value

@@ -311,8 +311,8 @@ def test_a_reader_never_sees_a_mixture(world: Folders) -> None:
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
         for number, features_ in enumerate(versions[1:], 2):
-            before = len(seen)
             publish.publish(PUBLISH, features_, world.repo, live, f"{number}")
+            before = len(seen)
             while len(seen) < before + 2 and not looking.done():
                 time.sleep(0.01)
         ended.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (root / "dvc.yaml").write_text("stages: {}\n")
     (root / ".gitignore").write_text("/.runs/\n/.dvc-remote/\n/.dvc/cache\n/.dvc/tmp\n/.dvc/config.local\n")
     (root / "params.yaml").write_text(
-        yaml.safe_dump({"run": {"promote": "auto", "wait_hours": 1, "when_missing": "fail", "keep_runs": KEPT,
+        yaml.safe_dump({"run": {"promote": "auto", "wait_hours": 1, "keep_runs": KEPT,
                                 "keep_worktrees": 1}})
     )  # fmt: skip
     git(root, "add", "-A")
@@ -129,3 +130,13 @@ def test_a_remote_elsewhere_is_left_alone(clone: Path, tmp_path: Path) -> None:
     retention.tidy(clone, lambda line: None)
     assert objects(clone / ".dvc/cache") == cached - 1
     assert objects(elsewhere) == count
+
+
+def test_a_dvc_at_work_in_the_work_tree_is_waited_for_and_a_killed_one_is_not(clone: Path) -> None:
+    lock = clone / ".dvc/tmp/rwlock"
+    for pid, busy in ((os.getpid(), True), (2**22 - 1, False)):
+        lock.write_text(json.dumps({"write": {"/out": {"pid": pid, "cmd": "dvc repro"}}, "read": {}}))
+        assert retention.busy(clone) == busy
+    lock.write_text('{"write": {')
+    assert not retention.busy(clone)
+    lock.unlink()

@@ -25,6 +25,7 @@ from tests.components.release.runs import git
 CHANGES = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod",
            "shutil.rmtree", "sqlite3.connect")  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+Step = tuple[str, int]  # what it is, and how many of the same were before it
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ def kill_everywhere(
     assert _child(root, change, None, listed) == 0
     whole["new"] = _serves(live)
     promotions = len(versions.history(root))
-    steps = json.loads(listed.read_text())
+    steps = json.loads(listed.read_text())  # some run in threads, so their order may change, but not what they are
     outcomes = []
     for instant in choose(steps):
         restore()
-        assert _child(root, change, instant, listed) == -signal.SIGKILL
+        step = steps[instant], steps[:instant].count(steps[instant])
+        code = _child(root, change, step, listed)
+        assert code == -signal.SIGKILL, f"{step} was not reached: {code}"
         found = _serves(live)
         before = next((name for name, one in whole.items() if one == found), "mixture")
         mixture = "" if before != "mixture" else f"{found} is served"
@@ -111,8 +114,8 @@ def _serves(live: Path) -> dict[str, Any]:
     }
 
 
-def _child(root: Path, change: Callable[[Path], None], instant: int | None, listed: Path) -> int:
-    """Change in a process of its own, which is killed before step `instant`, or tells its steps. Returns its code."""
+def _child(root: Path, change: Callable[[Path], None], step: Step | None, listed: Path) -> int:
+    """Change in a process of its own, which is killed before a step, or tells its steps. Returns its code."""
     if (child := os.fork()) == 0:
         try:
             os.chdir(root)
@@ -120,9 +123,9 @@ def _child(root: Path, change: Callable[[Path], None], instant: int | None, list
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
             steps: list[str] = []
-            sys.addaudithook(lambda event, words: _step(str(root / ".live"), event, words, steps, instant))
+            sys.addaudithook(lambda event, words: _step(str(root / ".live"), event, words, steps, step))
             change(root)
-            if instant is None:
+            if step is None:
                 listed.write_text(json.dumps(steps))
             os._exit(0)
         except BaseException:
@@ -137,9 +140,9 @@ def _child(root: Path, change: Callable[[Path], None], instant: int | None, list
     return code
 
 
-def _step(live: str, event: str, words: tuple[Any, ...], steps: list[str], instant: int | None) -> None:
+def _step(live: str, event: str, words: tuple[Any, ...], steps: list[str], last: Step | None) -> None:
     if event == "subprocess.Popen":
-        step = f"start {' '.join(map(str, words[1][:8]))}"
+        step = f"start {' '.join(map(str, words[1][:6]))}"
     elif event in CHANGES or (event == "open" and isinstance(words[2], int) and words[2] & WRITES):
         paths = [os.fsdecode(word) for word in words if isinstance(word, str | bytes | os.PathLike)]
         if not any(path.startswith(live) for path in paths):
@@ -147,6 +150,6 @@ def _step(live: str, event: str, words: tuple[Any, ...], steps: list[str], insta
         step = f"{event} {' '.join(path.removeprefix(live) for path in paths)}"
     else:
         return
-    if len(steps) == instant:
+    if last == (step, steps.count(step)):
         os.kill(os.getpid(), signal.SIGKILL)
     steps.append(step)

@@ -18,14 +18,16 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from components.common.artifacts import write_json
 from components.common.dataset import UNSEEN, Dataset
-from components.release import evaluate
+from components.release import evaluate, slices, statistics
 from components.release.measures import EvaluateConfig
+from components.release.slices import SlicesConfig
 from models.checkpoint import Checkpoint, checkpoint_hash, save
 from models.checkpoint import load as load_checkpoint
 from models.families import build
 from models.schema import PADDING, UNKNOWN, Batch, schema_hash
 
-CONFIG = EvaluateConfig(seed=1, bootstrap=40, calibration_bins=7, min_slice_rows=60)
+SLICES = SlicesConfig(history=[1, 5, 20], popularity=[0.5], columns=["hour"])
+CONFIG = EvaluateConfig(seed=1, bootstrap=40, calibration_bins=7, slices=SLICES)
 NO_CHAMPION = {"version": None}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +68,8 @@ def save_model(networks) -> Callable[..., Path]:
                     module.weight[PADDING] = 0
         checkpoint = Checkpoint(
             family=model, network=networks[model], model=network.eval(), encoder=encoder, catalog=catalog,
-            schema_hash=schema_hash(encoder.schema, encoder.integers, catalog), facts={"data_sha256": data_sha256},
+            schema_hash=schema_hash(encoder.schema, encoder.integers, catalog),
+            facts={"data_sha256": data_sha256, "configuration": model, "train_rows": 1000},
         )  # fmt: skip
         save(folder, checkpoint)
         return folder
@@ -104,7 +107,7 @@ def test_slices_are_those_of_a_look_at_every_row(data, raw) -> None:
             "no item vector": raw.item[i] % 5 == 0,
         }.items():
             expected.setdefault(name, []).append(bool(holds))
-    found = evaluate.slice_masks(data)
+    found = slices.masks(replace(SLICES, popularity=[], columns=[]), data)
     assert {name: mask.tolist() for name, mask in found.items()} == expected
     assert all(mask.any() for name, mask in found.items() if name != "history 20+")
 
@@ -129,19 +132,25 @@ def test_writes_what_it_measured(dataset, data, raw, checkpoint, champion, tmp_p
     test = found["test"]
     assert test["rows"] == 520
     assert test["auc"] == pytest.approx(roc_auc_score(label, rows["score"]), abs=1e-12)
-    assert test["auc_low"] < test["auc"] < test["auc_high"]
+    for name in ("auc", "logloss", "group_auc"):
+        low, high = test["intervals"][name]
+        assert low < test[name] < high, name
     assert test["oracle_auc"] == pytest.approx(roc_auc_score(label, raw.oracle[start:end]), abs=1e-12)
     assert test["oracle_logloss"] == pytest.approx(log_loss(label, raw.oracle[start:end].astype(float)), abs=1e-9)
-    assert found["champion"] is None
+    assert found["references"] == []
+    assert found["cost"] > 0
     assert found["checkpoint_sha256"] == checkpoint_hash(checkpoint)
     assert (found["data_sha256"], found["schema_hash"]) == (data.facts["data_sha256"], data.facts["schema_hash"])
-    for name, mask in evaluate.slice_masks(data).items():
+    for name, mask in slices.masks(SLICES, data).items():
         part = found["slices"][name]
         assert part["rows"] == mask.sum()
-        assert part["small"] == (mask.sum() < 60)
         if mask.any():
             assert part["auc"] == pytest.approx(roc_auc_score(label[mask], rows["score"][mask]), abs=1e-12)
-    assert found["slices"]["history 20+"] == {"rows": 0, "small": True, "auc": None}
+    assert found["slices"]["history 20+"] == {"rows": 0, "auc": None}
+    start, end = raw.splits["valid"]
+    valid = pq.read_table(output / "valid.parquet").to_pandas()
+    assert valid["label"].tolist() == raw.label[start:end].tolist()
+    np.testing.assert_allclose(valid["score"], evaluate.predict(load_checkpoint(checkpoint), data, (start, end)))
 
     headline = json.loads((output / "metrics.json").read_text())
     assert headline == {name: test[name] for name in headline}
@@ -156,20 +165,64 @@ def test_writes_what_it_measured(dataset, data, raw, checkpoint, champion, tmp_p
 
 def test_the_champion_is_measured_on_the_same_rows(dataset, data, checkpoint, champion, save_model, tmp_path) -> None:
     theirs = save_model(champion / "checkpoint", data.encoder, data.catalog, "another day's", "sdcnv3", seed=5)
-    pointer = {"version": "v0.0.7", "revision": "r", "model": "sdcnv3", "checkpoint_sha256": checkpoint_hash(theirs)}
+    pointer = {"version": "v0.0.7", "revision": "r", "model": "sdcnv3", "judged_sha256": checkpoint_hash(theirs)}
     write_json(champion / "champion.json", pointer)
     found = evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pandas()
     expected = evaluate.predict(load_checkpoint(theirs), data, data.splits["test"])
     np.testing.assert_allclose(rows["champion_score"], expected, atol=1e-6)
-    other = found["champion"]
-    assert (other["version"], other["checkpoint_sha256"]) == ("v0.0.7", pointer["checkpoint_sha256"])
+    (other,) = found["references"]
+    assert (other["version"], other["checkpoint_sha256"]) == ("v0.0.7", pointer["judged_sha256"])
+    assert other["score_drift"] == pytest.approx(statistics.drift(expected, rows["score"].to_numpy()))
     assert other["test"]["auc"] == pytest.approx(roc_auc_score(rows["label"], expected), abs=1e-12)
-    assert other["difference"]["auc"] == pytest.approx(found["test"]["auc"] - other["test"]["auc"], abs=1e-12)
-    for name, mask in evaluate.slice_masks(data).items():
-        assert other["slices"][name]["rows"] == mask.sum()
-        if mask.any():
-            assert other["slices"][name]["auc"] == pytest.approx(roc_auc_score(rows["label"][mask], expected[mask]))
+    for figure in ("auc", "group_auc", "logloss", "average_precision"):
+        measured = other["difference"][figure]
+        assert measured["value"] == pytest.approx(found["test"][figure] - other["test"][figure], abs=1e-7)
+        assert measured["low"] < measured["value"] < measured["high"] and measured["se"] > 0
+    for name, mask in slices.masks(SLICES, data).items():
+        label = rows["label"][mask]
+        if not 0 < label.sum() < len(label):
+            assert other["slices"][name] is None
+            continue
+        both = (roc_auc_score(label, scores[mask]) for scores in (rows["score"], expected))
+        ours, their = both
+        assert other["slices"][name]["value"] == pytest.approx(ours - their, abs=1e-9)
+    newest = rows.iloc[data.facts["newest"] - data.splits["test"][0] :]
+    gained = [roc_auc_score(newest["label"], newest[name]) for name in ("score", "champion_score")]
+    assert other["newest"]["value"] == pytest.approx(gained[0] - gained[1], abs=1e-9)
+
+
+def test_earlier_versions_are_measured_too(dataset, data, checkpoint, champion, save_model, tmp_path) -> None:
+    pointers = []
+    for at, folder in enumerate((champion / "checkpoint", champion / "earlier" / "v0.0.1")):
+        save_model(folder, data.encoder, data.catalog, "another day's", "qin", seed=at + 5)
+        pointers.append({"version": f"v0.0.{2 - at}", "model": "qin", "judged_sha256": checkpoint_hash(folder)})
+    write_json(champion / "champion.json", pointers[0] | {"earlier": pointers[1:]})
+    found = evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
+    assert [one["version"] for one in found["references"]] == ["v0.0.2", "v0.0.1"]
+    assert found["references"][0]["test"]["auc"] != found["references"][1]["test"]["auc"]
+
+
+def test_a_column_that_is_no_feature_is_named(data) -> None:
+    with pytest.raises(ValueError, match=r"slices\.columns: no feature 'colour'.*known are .*hour"):
+        slices.masks(replace(SLICES, columns=["colour"]), data)
+    with pytest.raises(ValueError, match=r"popularity is \[0\.9, 0\.5\]; give numbers above 0 that rise"):
+        replace(SLICES, popularity=[0.9, 0.5])
+
+
+def test_slices_by_popularity_and_by_value(data, raw) -> None:
+    found = slices.masks(SLICES, data)
+    train, test = (slice(*raw.splits[name]) for name in ("train", "test"))
+    items, views = np.unique(raw.item[train], return_counts=True)
+    popular = found["popularity 0%-50%"]
+    shown = dict(zip(items.tolist(), views.tolist(), strict=True))
+    test_views = np.array([shown.get(int(item), 0) for item in raw.item[test]])
+    assert test_views[popular].min() >= test_views[found["popularity 50%-100%"]].max()
+    assert (popular | found["popularity 50%-100%"] | found["new items"]).all()
+    hours = {name.removeprefix("hour "): mask for name, mask in found.items() if name.startswith("hour ")}
+    for value, mask in hours.items():
+        if value not in ("missing", "unknown"):
+            assert mask.tolist() == (raw.hour[test] == int(value)).tolist()
 
 
 def test_a_champion_that_has_seen_a_test_day_judges_nothing(dataset, checkpoint, champion, tmp_path) -> None:
@@ -178,7 +231,7 @@ def test_a_champion_that_has_seen_a_test_day_judges_nothing(dataset, checkpoint,
         facts = dict(theirs.facts) | {"train_until": seen and f"{seen}T00:00:00+00:00"}
         save(champion / "checkpoint", replace(theirs, facts=facts))
         sha = checkpoint_hash(champion / "checkpoint")
-        pointer = {"version": "v0.0.7", "revision": "r", "model": "qin", "checkpoint_sha256": sha}
+        pointer = {"version": "v0.0.7", "revision": "r", "model": "qin", "judged_sha256": sha}
         write_json(champion / "champion.json", pointer)
         if refused:
             with pytest.raises(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,8 +106,8 @@ def test_the_judge_of_a_day_is_of_an_earlier_day(clone: Path, monkeypatch: pytes
     assert one.pointer()["judged_sha256"] != one.pointer()["checkpoint_sha256"]
     fetch(one.pointer(), clone / "fetched")
     assert checkpoint_hash(clone / "fetched") == one.facts["judged_sha256"]
-    assert "champion.json names ctr-ranker@v0.0.2" in registry.pin(clone, None)
-    assert json.loads((clone / "champion.json").read_text()) == two.pointer()
+    assert "champion.json names ctr-ranker@v0.0.1" in registry.pin(clone, None)  # promoted last
+    assert json.loads((clone / "champion.json").read_text()) == one.pointer()
 
 
 def test_hashes_that_do_not_match_are_refused_whatever_the_reason(clone: Path) -> None:
@@ -146,7 +147,7 @@ def test_what_an_override_goes_on_with_stays_in_the_history(clone: Path) -> None
     with pytest.raises(ValueError, match=r"or give `--override REASON`$") as refused:
         promote(clone, "2026-01-12")
     assert "ctr-ranker:qin-2026-01-12 has not passed the smoke test; run the day again" in str(refused.value)
-    assert "DVC's remote does not have artifacts/package, checkpoints/qin, checkpoints/refit" in str(refused.value)
+    assert re.search(r"DVC's remote does not have artifacts/package \(\d+ of \d+ files\), ", str(refused.value))
     assert "run `dvc push --all-tags`" in str(refused.value)
     with pytest.raises(ValueError, match="give a reason"):
         promote(clone, "2026-01-12", override=" ")
