@@ -35,7 +35,6 @@ export CLICKLOOP_TRAINING_SLOTS ?= 2
 ifeq ($(DB),postgres)
 export AIRFLOW__DATABASE__SQL_ALCHEMY_CONN ?= postgresql+psycopg2://airflow@/postgres?host=$(AIRFLOW_HOME)/postgres
 endif
-export CLICKLOOP_FEATURE_REPO := $(CURDIR)/feature_repo
 
 PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
 

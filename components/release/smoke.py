@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -69,7 +68,7 @@ def run(
     golden = read_json(package / "golden.json", "package")
     with ExitStack() as stack:
         users = {case["request"]["user_id"] for case in golden}
-        store = stack.enter_context(own_store(publish, features, repo, users))
+        store = stack.enter_context(own_store(publish, features, repo, users, output.with_name("store")))
         served = Served(package / "bento", store, output.with_name("server.log"))
         server = stack.enter_context(served.running())
         client = stack.enter_context(server.client())
@@ -112,15 +111,15 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def own_store(config: PublishConfig, features: Path, repo: Path, users: set[int]) -> Iterator[Path]:
-    """An online store of these users, dropped when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="clickloop-smoke-") as scratch:
-        store = Path(scratch, "store")
-        fill(config, features, repo, store, users)
-        try:
-            yield store
-        finally:
-            drop(store)
+def own_store(config: PublishConfig, features: Path, repo: Path, users: set[int], store: Path) -> Iterator[Path]:
+    """An online store of these users, dropped when the block ends, and before it where a killed test left it."""
+    if store.exists():
+        drop(store)
+    fill(config, features, repo, store, users)
+    try:
+        yield store
+    finally:
+        drop(store)
 
 
 # ---- the checks -------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING
 
 from harness import ROOT, one_thread, report
 
-from components.features.store import apply, feature_store
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -58,35 +56,32 @@ def measure(kind: str, root: Path) -> dict[str, list[float]]:
 
     import numpy as np
 
-    from bento.store import feast_reader
-    from components.operations.push import Click, push
+    from bento.store import Reader
+    from components.features import clicks, publish
+    from components.operations.push import Click, Histories
 
     rng = np.random.default_rng(7)
-    repo = make_repo(kind, root, rng)
-    with feature_store(repo) as store:
-        apply(store, root / "data" / "features")
-        views = ["user_profile", "user_history", "item_embedding"]
-        store.materialize(datetime(2020, 1, 1, tzinfo=UTC), datetime(2030, 1, 1, tzinfo=UTC), feature_views=views)
-        (root / "data" / "features" / "receipt.json").write_text("{}")  # the stores are whole
-        fetch = feast_reader(".")
-        assert fetch is not None
-        users = iter(rng.integers(0, USERS, 10 * READS).tolist())
-        candidates = [rng.choice(ITEMS, CANDIDATES, replace=False).tolist() for _ in range(READS + WARM)]
+    live, config = root / "live", publish.PublishConfig(online_sample=20, keep=1)
+    deployed = publish.publish(config, root / "data" / "features", make_repo(kind, root, rng), live, "a benchmark")
+    assert deployed and deployed.store
+    store, histories, fetch = clicks.open_store(deployed.store), Histories(live), Reader(str(live / "current/online"))
+    users = iter(rng.integers(0, USERS, 10 * READS).tolist())
+    candidates = [rng.choice(ITEMS, CANDIDATES, replace=False).tolist() for _ in range(READS + WARM)]
 
-        def user() -> None:
-            assert len(fetch(next(users))["history"]) == HISTORY
+    def user() -> None:
+        assert len(fetch(next(users))["history"]) == HISTORY
 
-        def items() -> None:
-            rows = [{"item_id": item} for item in candidates.pop()]
-            found = store.get_online_features(features=["item_embedding:embedding"], entity_rows=rows).to_dict()
-            assert len(found["embedding"][-1]) == WIDTH
+    def items() -> None:
+        rows = [{"item_id": item} for item in candidates.pop()]
+        found = store.get_online_features(features=["item_embedding:embedding"], entity_rows=rows).to_dict()
+        assert len(found["embedding"][-1]) == WIDTH
 
-        def click() -> None:
-            user_id = next(users)
-            push(store, [Click(user_id, -1, datetime.now(UTC))], HISTORY)
-            assert fetch(user_id)["history"][-1] == -1
+    def click() -> None:
+        user_id = next(users)
+        assert histories.add([Click(user_id, -1, datetime.now(UTC))]) == 1
+        assert fetch(user_id)["history"][-1] == -1
 
-        return {"user": quantiles(user), "items": quantiles(items), "push": quantiles(click)}
+    return {"user": quantiles(user), "items": quantiles(items), "push": quantiles(click)}
 
 
 def plain_redis() -> dict[str, list[float]]:
@@ -121,6 +116,7 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     import pyarrow.parquet as pq
     import yaml
 
+    from components.common.artifacts import write_json
     from components.common.contracts import TIMESTAMP
     from components.features.views import VIEWS
 
@@ -136,10 +132,14 @@ def make_repo(kind: str, root: Path, rng: np.random.Generator) -> Path:
     write("user_profile", USERS, user_id=users, region=pa.repeat("north", USERS))
     write("user_clicks", USERS, user_id=users, clicks_start=users, clicks_end=users)
     write("user_history", USERS, user_id=users, history=rng.integers(0, ITEMS, (USERS, HISTORY)).tolist())
-    write("item_popularity", ITEMS, item_id=items, views=items, clicks=items)
+    write("item_popularity", 0, item_id=items[:0], views=items[:0], clicks=items[:0])  # an item's hash is its vector
     vectors = pa.array(rng.normal(size=(ITEMS, WIDTH)).tolist(), pa.list_(pa.float32()))
     write("item_embedding", ITEMS, item_id=items, embedding=vectors)
     assert {file.stem for file in sources.iterdir()} == set(VIEWS)
+    log = pa.table({"user_id": users, "item_id": users, "us": np.full(USERS, at)})
+    pq.write_table(log, sources.parent / "click_log.parquet")
+    known = dict.fromkeys(("until", "log_until", "known_until"), "2026-01-01T00:00:00+00:00")
+    write_json(sources.parent / "receipt.json", {**known, "history_length": HISTORY})
     shutil.copytree(ROOT / "feature_repo", root / "feature_repo", ignore=shutil.ignore_patterns("__pycache__"))
     if kind == "redis":
         file = root / "feature_repo" / "feature_store.yaml"
