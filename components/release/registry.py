@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
+from components.common import stored
 from components.common.artifacts import folder_hash, new_folder, read_json, write_json
 from components.common.live import RELEASES, STORES, Deployment, current, locked, switch
-from components.release import stored, versions
+from components.release import versions
 from components.release.versions import DECISION, PACKAGE, SMOKE, Version
 
 FEATURES, REPO, RECEIPT = "data/features", "feature_repo", "receipt.json"
