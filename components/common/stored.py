@@ -16,7 +16,8 @@ def repository(root: Path, commit: str) -> Repo:
     """DVC's view of a commit, with the cache and the remotes of the clone as it is now.
 
     Their paths are made absolute here. DVC itself takes a relative one of a commit's .dvc/config from the root of the
-    file system: it would ask another remote.
+    file system, and would ask another remote. So do `dvc push --all-tags` and `dvc fetch --all-tags`: no text here
+    advises them.
     """
     from dvc.config import Config
     from dvc.repo import Repo
@@ -71,4 +72,7 @@ def _lacks(repo: Repo, path: str) -> str | None:
 
 
 def _gone(commit: str, path: str, error: Exception) -> ValueError:
-    return ValueError(f"DVC cannot give {path} at {commit}: {error}. Run `dvc fetch --all-tags {path}`")
+    return ValueError(
+        f"DVC cannot give {path} at {commit}: {error}. Neither its cache nor its "
+        "default remote has it: run `dvc push` in the clone that made it"
+    )

@@ -97,7 +97,7 @@ def verify(root: Path, version: Version, *, remote: bool = True) -> list[str]:
     if remote and (lacking := stored.not_pushed(root, version.commit, ships)):
         against.append(
             f"DVC's remote does not have {', '.join(lacking)}, so another clone could not use this champion; "
-            f"run `dvc push --all-tags`, or in the worktree of the run `dvc push`"
+            f"run `dvc push` where the run's commit is checked out (of a day: .runs/{version.day})"
         )
     return against
 
