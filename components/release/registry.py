@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
+from components.common import stored
 from components.common.artifacts import folder_hash, new_folder, read_json, write_json
 from components.common.live import RELEASES, STORES, Deployment, current, locked, switch
-from components.release import stored, versions
+from components.release import versions
 from components.release.versions import DECISION, PACKAGE, SMOKE, Version
 
 FEATURES, REPO, RECEIPT = "data/features", "feature_repo", "receipt.json"
@@ -96,7 +97,7 @@ def verify(root: Path, version: Version, *, remote: bool = True) -> list[str]:
     if remote and (lacking := stored.not_pushed(root, version.commit, ships)):
         against.append(
             f"DVC's remote does not have {', '.join(lacking)}, so another clone could not use this champion; "
-            f"run `dvc push --all-tags`, or in the worktree of the run `dvc push`"
+            f"run `dvc push` where the run's commit is checked out (of a day: .runs/{version.day})"
         )
     return against
 

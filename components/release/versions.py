@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from components.release import stored
+from components.common import stored
 
 STAGE = "champion"
 DECISION, PACKAGE, SMOKE = "artifacts/refit/decision.json", "artifacts/package", "artifacts/smoke/smoke.json"

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from components.common import stored
 from components.common.artifacts import new_folder
 from components.common.champion import CHECKPOINT, EARLIER, POINTER, read_pointer
 from models.checkpoint import checkpoint_hash
@@ -36,16 +37,11 @@ def fetch(champion: dict[str, Any], folder: Path) -> None:
 
     Raises ValueError where DVC does not have it, or has other bytes than the version names.
     """
-    from dvc.api import DVCFileSystem
-
     version, revision, model = champion["version"], champion["revision"], champion["model"]
     try:
-        DVCFileSystem(".", rev=revision).get(f"checkpoints/{model}", str(folder), recursive=True)
-    except Exception as error:  # DVC raises a dozen kinds
-        raise ValueError(
-            f"champion {version}: DVC cannot give its checkpoint at {revision}: {error}. "
-            f"Run `dvc fetch --all-tags checkpoints/{model}`"
-        ) from error
+        stored.get(Path.cwd(), revision, f"checkpoints/{model}", folder)
+    except ValueError as error:
+        raise ValueError(f"champion {version}: {error}") from error
     if (found := checkpoint_hash(folder)) != champion["judged_sha256"]:
         raise ValueError(
             f"champion {version}: DVC holds checkpoint {found} at {revision}, but the champion's is "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -24,6 +25,7 @@ from tests.components.release.runs import git
 
 CHANGES = ("os.rename", "os.mkdir", "os.symlink", "os.link", "os.remove", "os.rmdir", "os.truncate", "os.chmod",
            "shutil.rmtree", "sqlite3.connect")  # fmt: skip
+TEMPORARY = re.compile(r"[\w-]{22}\.tmp")  # DVC's names while it copies
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 Step = tuple[str, int]  # what it is, and how many of the same were before it
 
@@ -147,7 +149,7 @@ def _step(live: str, event: str, words: tuple[Any, ...], steps: list[str], last:
         paths = [os.fsdecode(word) for word in words if isinstance(word, str | bytes | os.PathLike)]
         if not any(path.startswith(live) for path in paths):
             return
-        step = f"{event} {' '.join(path.removeprefix(live) for path in paths)}"
+        step = f"{event} {' '.join(TEMPORARY.sub('*.tmp', path.removeprefix(live)) for path in paths)}"
     else:
         return
     if last == (step, steps.count(step)):

@@ -12,12 +12,29 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 
+def repository(root: Path, commit: str) -> Repo:
+    """DVC's view of a commit, with the cache and the remotes of the clone as it is now.
+
+    Their paths are made absolute here. DVC itself takes a relative one of a commit's .dvc/config from the root of the
+    file system, and would ask another remote. So do `dvc push --all-tags` and `dvc fetch --all-tags`: no text here
+    advises them.
+    """
+    from dvc.config import Config
+    from dvc.repo import Repo
+
+    known = Config(str(root / ".dvc"))
+    remotes = {name: {key: str(value) for key, value in remote.items()} for name, remote in known["remote"].items()}
+    core = {"remote": remote} if (remote := known["core"].get("remote")) else {}
+    cache = {"dir": str(known["cache"].get("dir") or root.resolve() / ".dvc/cache")}
+    return Repo(str(root), rev=commit, config={"core": core, "remote": remotes, "cache": cache})
+
+
 @lru_cache(maxsize=2)
 def files(root: Path, commit: str) -> DVCFileSystem:
-    """The files of a commit, git's and DVC's. The commit's full hash: what is kept here must stay the same."""
+    """The files of a commit, git's and DVC's. A full hash, or a tag that stays: what is opened here is kept."""
     from dvc.api import DVCFileSystem  # half a second
 
-    return DVCFileSystem(str(root), rev=commit)
+    return DVCFileSystem(repo=repository(root, commit))
 
 
 def read(root: Path, commit: str, path: str) -> bytes:
@@ -38,9 +55,7 @@ def get(root: Path, commit: str, path: str, folder: Path) -> None:
 
 def not_pushed(root: Path, commit: str, paths: Iterable[str]) -> list[str]:
     """Those of the outputs at a commit whose bytes are not all on DVC's default remote, each with what lacks."""
-    from dvc.repo import Repo
-
-    with Repo(str(root), rev=commit) as repo:
+    with repository(root, commit) as repo:
         return [f"{path} ({lacks})" for path in paths if (lacks := _lacks(repo, path))]
 
 
@@ -57,4 +72,7 @@ def _lacks(repo: Repo, path: str) -> str | None:
 
 
 def _gone(commit: str, path: str, error: Exception) -> ValueError:
-    return ValueError(f"DVC cannot give {path} at {commit}: {error}. Run `dvc fetch --all-tags {path}`")
+    return ValueError(
+        f"DVC cannot give {path} at {commit}: {error}. Neither its cache nor its "
+        "default remote has it: run `dvc push` in the clone that made it"
+    )
