@@ -284,9 +284,9 @@ def summary(facts: Mapping[str, Any]) -> str:
         *([f"AUC {auc:.4f}"] if isinstance(auc, float) else []),
         *([f"{rows:,} rows"] if isinstance(rows, int) else []),
         *([f"version {facts['version']}, {promoted}"] if facts.get("version") else []),
+        f"[report]({report_url(day)}), tag `run/{day}`",
         *([str(facts["why"])] if facts.get("why") else []),
         *facts.get("reasons", []),
-        f"[report]({report_url(day)}), tag `run/{day}`",
     ]
     return "\n\n".join(lines)[:1000]  # Airflow takes no more
 
