@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 OLD_DAYS = 3  # days since the newest event, from which on a person is told
 ALWAYS = datetime(2000, 1, 1, tzinfo=UTC)  # in place of the time of the run: equal data are equal bytes
-BUILT_AT = re.compile(r"\?d=\d{8}T\d{6}\.\d+Z")  # behind the address of the logo
+# What else differs from run to run in the Data Docs: the time behind the logo's address, and a number in names of blocks.
+OF_THE_RUN = re.compile(r"\?d=\d{8}T\d{6}\.\d+Z|(?<=collapse-body)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NOT_LIMITS = {"column", "batch_id", "row_condition"}  # arguments of a rule that are not part of its limits
 
 
@@ -172,7 +173,7 @@ def judge(tables: dict[str, tuple[pd.DataFrame, list[Expectation]]], docs: Path)
             verdicts += [_verdict(name, frame, one) for one in result.results]
         context.build_data_docs()
         for page in site.rglob("*.html"):
-            page.write_text(BUILT_AT.sub("", page.read_text()))
+            page.write_text(OF_THE_RUN.sub("", page.read_text()))
     return verdicts
 
 

@@ -644,16 +644,16 @@ def test_the_newest_day_is_whole_missing_half_there_or_cut(planter: Callable[[],
 
 def test_a_day_that_came_in_part_stops_the_run_or_is_told(planter: Callable[[], Planter]) -> None:
     planted = planter()
-    planted.day("2024-03-08", lambda t: t.slice(0, 150))
+    planted.day("2024-03-08", lambda t: t.slice(0, 100))
     found = judged(planted.root)
-    assert WHOLE in found.broken and "'day': '2024-03-08" in found.error and "150 rows, usually 400" in found.error
+    assert WHOLE in found.broken and "'day': '2024-03-08" in found.error and "100 rows, usually 400" in found.error
     assert "run it when the rest has come" in found.error and "ingest.missing_day to go_on" in found.error
     facts = json.loads((planted.root / "source.json").read_text())
     write_json(planted.root / "source.json", facts | {"missing_day": "go_on"})
     found = judged(planted.root)
     assert (found.error, found.broken) == ("", {f"?{WHOLE}"})
     assert found.report["not_judged"][0] == (
-        "days: 2024-03-08 is not whole (150 rows, usually 400): see ingest.missing_day"
+        "days: 2024-03-08 is not whole (100 rows, usually 400): see ingest.missing_day"
     )
 
 
