@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 OLD_DAYS = 3  # days since the newest event, from which on a person is told
 ALWAYS = datetime(2000, 1, 1, tzinfo=UTC)  # in place of the time of the run: equal data are equal bytes
-# What else differs from run to run in the Data Docs: the time behind the logo's address, and a number in names of blocks.
-OF_THE_RUN = re.compile(r"\?d=\d{8}T\d{6}\.\d+Z|(?<=collapse-body)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# What else differs between runs in the Data Docs: times of loading and building, and a number in the names of blocks
+OF_THE_RUN = re.compile(
+    r"(?<!\d)(?!20000101T)\d{8}T\d{6}\.\d{6}Z|(?<=collapse-body)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+)
 NOT_LIMITS = {"column", "batch_id", "row_condition"}  # arguments of a rule that are not part of its limits
 
 
