@@ -199,6 +199,7 @@ def _released(live: Path, version: Version) -> Path:
 
 def _serve(root: Path, live: Path, version: Version, who: str, why: str, override: str | None) -> str:
     """The release and the store, then the tag, then the pointer."""
+    from components.features.online import drop
     from components.features.publish import PublishConfig
 
     settings = yaml.safe_load(versions.git(root, "show", f"{version.commit}:params.yaml"))
@@ -207,7 +208,7 @@ def _serve(root: Path, live: Path, version: Version, who: str, why: str, overrid
     store, kept = _store(root, live, version, config)
     if versions.champion(root) != version:  # else a promotion that was killed had come this far
         versions.assign(root, version, who, why, override)
-    switch(live, release=release, store=store, why=why, who=who, keep=config.keep)
+    switch(live, release=release, store=store, why=why, who=who, keep=config.keep, drop=drop)
     data = f"the live store stays: {kept}" if kept else f"with the features of {version.day}"
     return f"{version.tag} ({version.facts['bento']}) is the champion and serves, {data}"
 
@@ -242,29 +243,32 @@ def _release(root: Path, live: Path, version: Version) -> Path:
 def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path, str | None]:
     """The online store for a version, and why it is the live one, if it is.
 
-    The live store is kept if its data are at least as new and it serves the same features. Clicks that were pushed and
+    The live store is kept if its data are newer, or the same, and it serves the same features. Clicks that were pushed and
     that a new store's log does not hold are added to it.
     """
     from components.features import clicks, publish
 
-    receipt = json.loads(stored.read(root, version.commit, f"{FEATURES}/{RECEIPT}"))
-    now = current(live)
-    if now and now.store and now.store.is_dir():
-        has = read_json(now.store / RECEIPT, "features")
-        same = {name: set(columns) for name, columns in has["features"].items()} == _features(root, version, has)
-        age = _age(has), _age(receipt)
-        if same and age[0] >= age[1]:
-            return now.store, f"its data until {has['until']} are newer" if age[0] > age[1] else "it has the same data"
+    receipt, now = json.loads(stored.read(root, version.commit, f"{FEATURES}/{RECEIPT}")), current(live)
+    serves = now.store if now and now.store and now.store.is_dir() else None
+    has = read_json(serves / RECEIPT, "features") if serves else None
+    readable = has and {name: set(columns) for name, columns in has["features"].items()} == _features(
+        root, version, has
+    )
+    if serves and has and readable and _age(has) > _age(receipt):
+        return serves, f"its data until {has['until']} are newer"
     with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
         features, repo = Path(scratch, FEATURES), Path(scratch, REPO)  # as in a work tree
         features.parent.mkdir()
         stored.get(root, version.commit, FEATURES, features)
         stored.get(root, version.commit, REPO, repo)
+        sources = publish.sources_hash(features)
+        if serves and has and readable and _age(has) == _age(receipt) and has["sources_sha256"] == sources:
+            return serves, "it has the same data"
         # named by its content: a fill that was killed is cleared away by the next, and a whole one is found
-        name = sha256(json.dumps([receipt, folder_hash(repo)], sort_keys=True).encode()).hexdigest()[:12]
+        name = sha256(json.dumps([receipt, sources, folder_hash(repo)], sort_keys=True).encode()).hexdigest()[:12]
         store = live / STORES / f"{receipt['until'][:10]}-{name}"
         if not (store / RECEIPT).is_file():
-            publish.fill(config, features, repo, store)
+            publish.fill(config, features, repo, store, like=serves)
     clicks.replay(live, store)
     return store, None
 
