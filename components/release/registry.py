@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from hashlib import sha256
 from io import BytesIO
@@ -278,12 +279,12 @@ def _age(receipt: dict[str, Any]) -> tuple[datetime, datetime]:
     return datetime.fromisoformat(receipt["until"]), datetime.fromisoformat(receipt["log_until"])
 
 
-def _features(root: Path, version: Version, has: dict[str, Any]) -> dict[str, set[str]]:
-    """View -> the features that the version's sources have, for the views of a store."""
+def _features(root: Path, version: Version, views: Iterable[str]) -> dict[str, set[str]]:
+    """View -> the features that the version's sources have, for some views."""
     import pyarrow.parquet as pq
 
     found = {}
-    for view in has["features"]:
+    for view in views:
         content = stored.read(root, version.commit, f"{FEATURES}/sources/{view}.parquet")
         found[view] = set(pq.read_schema(BytesIO(content)).names) - NO_FEATURES
     return found
