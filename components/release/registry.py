@@ -244,17 +244,16 @@ def _release(root: Path, live: Path, version: Version) -> Path:
 def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path, str | None]:
     """The online store for a version, and why it is the live one, if it is.
 
-    The live store is kept if its data are newer, or the same, and it serves the same features. Clicks that were pushed and
-    that a new store's log does not hold are added to it.
+    The live store is kept if its data are newer, or the same, and it serves the same features. A new store gets the
+    clicks that were pushed and that its log does not hold.
     """
     from components.features import clicks, publish
 
     receipt, now = json.loads(stored.read(root, version.commit, f"{FEATURES}/{RECEIPT}")), current(live)
     serves = now.store if now and now.store and now.store.is_dir() else None
     has = read_json(serves / RECEIPT, "features") if serves else None
-    readable = has and {name: set(columns) for name, columns in has["features"].items()} == _features(
-        root, version, has
-    )
+    columns = {view: set(names) for view, names in has["features"].items()} if has else {}
+    readable = bool(has) and _features(root, version, columns) == columns
     if serves and has and readable and _age(has) > _age(receipt):
         return serves, f"its data until {has['until']} are newer"
     with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
