@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from hashlib import sha256
 from io import BytesIO
@@ -199,6 +200,7 @@ def _released(live: Path, version: Version) -> Path:
 
 def _serve(root: Path, live: Path, version: Version, who: str, why: str, override: str | None) -> str:
     """The release and the store, then the tag, then the pointer."""
+    from components.features.online import drop
     from components.features.publish import PublishConfig
 
     settings = yaml.safe_load(versions.git(root, "show", f"{version.commit}:params.yaml"))
@@ -207,7 +209,7 @@ def _serve(root: Path, live: Path, version: Version, who: str, why: str, overrid
     store, kept = _store(root, live, version, config)
     if versions.champion(root) != version:  # else a promotion that was killed had come this far
         versions.assign(root, version, who, why, override)
-    switch(live, release=release, store=store, why=why, who=who, keep=config.keep)
+    switch(live, release=release, store=store, why=why, who=who, keep=config.keep, drop=drop)
     data = f"the live store stays: {kept}" if kept else f"with the features of {version.day}"
     return f"{version.tag} ({version.facts['bento']}) is the champion and serves, {data}"
 
@@ -242,29 +244,31 @@ def _release(root: Path, live: Path, version: Version) -> Path:
 def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path, str | None]:
     """The online store for a version, and why it is the live one, if it is.
 
-    The live store is kept if its data are at least as new and it serves the same features. Clicks that were pushed and
-    that a new store's log does not hold are added to it.
+    The live store is kept if its data are newer, or the same, and it serves the same features. A new store gets the
+    clicks that were pushed and that its log does not hold.
     """
     from components.features import clicks, publish
 
-    receipt = json.loads(stored.read(root, version.commit, f"{FEATURES}/{RECEIPT}"))
-    now = current(live)
-    if now and now.store and now.store.is_dir():
-        has = read_json(now.store / RECEIPT, "features")
-        same = {name: set(columns) for name, columns in has["features"].items()} == _features(root, version, has)
-        age = _age(has), _age(receipt)
-        if same and age[0] >= age[1]:
-            return now.store, f"its data until {has['until']} are newer" if age[0] > age[1] else "it has the same data"
+    receipt, now = json.loads(stored.read(root, version.commit, f"{FEATURES}/{RECEIPT}")), current(live)
+    serves = now.store if now and now.store and now.store.is_dir() else None
+    has = read_json(serves / RECEIPT, "features") if serves else None
+    columns = {view: set(names) for view, names in has["features"].items()} if has else {}
+    readable = bool(has) and _features(root, version, columns) == columns
+    if serves and has and readable and _age(has) > _age(receipt):
+        return serves, f"its data until {has['until']} are newer"
     with tempfile.TemporaryDirectory(prefix="clickloop-promote-") as scratch:
         features, repo = Path(scratch, FEATURES), Path(scratch, REPO)  # as in a work tree
         features.parent.mkdir()
         stored.get(root, version.commit, FEATURES, features)
         stored.get(root, version.commit, REPO, repo)
+        sources = publish.sources_hash(features)
+        if serves and has and readable and _age(has) == _age(receipt) and has["sources_sha256"] == sources:
+            return serves, "it has the same data"
         # named by its content: a fill that was killed is cleared away by the next, and a whole one is found
-        name = sha256(json.dumps([receipt, folder_hash(repo)], sort_keys=True).encode()).hexdigest()[:12]
+        name = sha256(json.dumps([receipt, sources, folder_hash(repo)], sort_keys=True).encode()).hexdigest()[:12]
         store = live / STORES / f"{receipt['until'][:10]}-{name}"
         if not (store / RECEIPT).is_file():
-            publish.fill(config, features, repo, store)
+            publish.fill(config, features, repo, store, like=serves)
     clicks.replay(live, store)
     return store, None
 
@@ -274,12 +278,12 @@ def _age(receipt: dict[str, Any]) -> tuple[datetime, datetime]:
     return datetime.fromisoformat(receipt["until"]), datetime.fromisoformat(receipt["log_until"])
 
 
-def _features(root: Path, version: Version, has: dict[str, Any]) -> dict[str, set[str]]:
-    """View -> the features that the version's sources have, for the views of a store."""
+def _features(root: Path, version: Version, views: Iterable[str]) -> dict[str, set[str]]:
+    """View -> the features that the version's sources have, for some views."""
     import pyarrow.parquet as pq
 
     found = {}
-    for view in has["features"]:
+    for view in views:
         content = stored.read(root, version.commit, f"{FEATURES}/sources/{view}.parquet")
         found[view] = set(pq.read_schema(BytesIO(content)).names) - NO_FEATURES
     return found
