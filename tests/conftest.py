@@ -47,6 +47,10 @@ TINY = {
     "gate.max_calibration_error": 1.0,
     "gate.max_logloss_ratio": 10.0,
     "gate.min_test_rows": 100,
+    "gate.max_calibration_shift": None,
+    "gate.calibration_slope": None,
+    "gate.max_gain": None,
+    "gate.max_score_drift": None,
     "package.golden_requests": 4,
     "smoke.latency_requests": 10,
 }

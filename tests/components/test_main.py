@@ -145,12 +145,12 @@ def test_a_bad_params_file_is_told_key_by_key(tmp_path, capsys) -> None:
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["gate"] |= {"min_auk": 0.5, "min_test_rows": "many"}
-    del params["gate"]["max_auc_loss"]
+    del params["gate"]["max_gain"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     assert program.main(gate(tmp_path, tmp_path / "params.yaml")) == 1
     said = words(capsys.readouterr().err)
-    assert "gate.min_auk: unknown key; known are max_auc_loss, max_calibration_error" in said
-    assert "gate.max_auc_loss: missing" in said
+    assert "gate.min_auk: unknown key; known are alpha, calibration_slope" in said
+    assert "gate.max_gain: missing" in said
     assert "gate.min_test_rows is 'many'" in said
 
 
