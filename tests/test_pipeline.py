@@ -37,7 +37,11 @@ STAGES = {
     "arrivals", "ingest", "validate", "embed", "features", "dataset", "champion", "start", "train@qin", "train@sdcnv3",
     "evaluate@qin", "evaluate@sdcnv3", "gate", "refit", "package", "smoke",
 }  # fmt: skip
-JUDGED = {"gate.margin": 1.0, "gate.max_slice_loss": None}  # models of one epoch differ by more than luck
+JUDGED = {
+    "gate.margin": 1.0,
+    "gate.alpha": None,
+    "gate.max_slice_loss": None,
+}  # models of one epoch differ by more than luck
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +295,11 @@ def test_promote_measure_against_the_champion_and_roll_back(project, monkeypatch
     for model in ("qin", "sdcnv3"):
         rules = {rule["rule"]: rule for rule in second["candidates"][model]["rules"]}
         found = read(project, f"artifacts/evaluate/{model}/evaluation.json")
-        assert found["champion"]["version"] == "v0.0.1"
-        assert rules["auc_loss"]["value"] == found["champion"]["test"]["auc"] - found["test"]["auc"]
+        (reference,) = found["references"]
+        assert reference["version"] == "v0.0.1"
+        gained = found["test"]["auc"] - reference["test"]["auc"]
+        assert rules["no worse than v0.0.1"]["value"] == pytest.approx(gained, abs=1e-9)
+        assert second["candidates"][model]["kind"] == "change"
         rows = pq.read_table(project.root / f"artifacts/evaluate/{model}/predictions.parquet")
         np.testing.assert_allclose(rows["champion_score"].to_numpy(), old, atol=1e-5)
     assert checkpoint_hash(project.root / f"checkpoints/{chosen}") != one["judged_sha256"]

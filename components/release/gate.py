@@ -34,7 +34,8 @@ class GateConfig:
     margin           how much worse than another version a refresh may be; auto: the smallest margin with which an
                      equally good refresh passes 95% of the nights
     gain             the AUC over the champion's that the evidence for a change is computed for
-    alpha            probability of promoting any change without a gain within `look_back` days
+    alpha            probability of promoting any change without a gain within `look_back` days; null: a change is
+                     judged as a refresh
     spread           standard deviation of the AUC over seeds, as long as few nights have measured it
     look_back        days whose nights count for the evidence, for the number of changes and for the spread
     max_gain         more than this above the champion is no gain but a leak of the label
@@ -54,7 +55,7 @@ class GateConfig:
     calibration_slope: tuple[float, float] | None
     margin: float | Literal["auto"]
     gain: float
-    alpha: float
+    alpha: float | None
     spread: float
     look_back: int
     max_gain: float | None
@@ -67,7 +68,7 @@ class GateConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; an AUC lies in [0, 1]")
-        if not 0 < self.alpha < 0.5:
+        if self.alpha is not None and not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha is {self.alpha}; it is a probability in (0, 0.5)")
         for name in ("gain", "spread", "look_back"):
             if getattr(self, name) <= 0:
@@ -179,7 +180,7 @@ def judge(config: GateConfig, metrics: dict[str, Any], nights: list[dict[str, An
         champion = references[0]
         kind = "refresh" if metrics["configuration"] == champion["configuration"] else "change"
         rules += guard_rails(config, metrics, champion)
-        if kind == "refresh":
+        if kind == "refresh" or config.alpha is None:
             rules += [no_worse(config, reference, len(references), spread) for reference in references]
         else:
             rules.append(proven(config, *_history(metrics, nights), spread))

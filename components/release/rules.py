@@ -103,6 +103,7 @@ def no_worse(config: GateConfig, reference: dict[str, Any], references: int, spr
 
 def proven(config: GateConfig, nights: Sequence[dict[str, Any]], number: int, spread: float) -> Rule:
     """A change: the evidence of all its nights, {difference, se, against} each, tonight's last."""
+    assert config.alpha is not None
     wanted = evidence.wanted(config.alpha, number)
     if not nights:
         why = "cannot be measured: the newest day has one class alone"

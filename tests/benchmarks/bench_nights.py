@@ -30,7 +30,7 @@ from rich.table import Table
 
 FIRST = date(2026, 1, 6)
 # Nights of a world this small differ by luck: the rules beside the champion are wide, so that nights promote.
-JUDGED = {"gate.margin": 1.0, "gate.max_slice_loss": None, "run.promote": "auto"}
+JUDGED = {"gate.margin": 1.0, "gate.alpha": None, "gate.max_slice_loss": None, "run.promote": "auto"}
 SIZES = {"users": 0.2, "items": 0.08}  # of a day's impressions, as in the tests' world
 
 

@@ -406,3 +406,11 @@ def test_the_summary_is_the_verdict_in_words(run) -> None:
     found = gate.summary(run())
     assert found["verdict"] == "rejected: no model passes, so nothing ships"
     assert found["champion"] == "v0.0.3" and "auc: 0.5 is not >= 0.6" in found["qin"]
+
+
+def test_without_alpha_a_change_is_judged_as_a_refresh(nightly) -> None:
+    nightly.add("qin", reference(-0.0005), configuration="new")
+    assert nightly()["verdict"] == "reject"
+    decision = nightly(replace(CONFIG, alpha=None))
+    assert (decision["verdict"], decision["kind"]) == ("approve", "change")
+    assert "gate.alpha" in decision["reasons"][0]
