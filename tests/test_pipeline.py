@@ -39,10 +39,6 @@ STAGES = {
 }  # fmt: skip
 # models of one epoch differ by more than luck
 JUDGED = {"gate.margin": 1.0, "gate.alpha": None, "gate.max_slice_loss": None}
-    "gate.margin": 1.0,
-    "gate.alpha": None,
-    "gate.max_slice_loss": None,
-}  # models of one epoch differ by more than luck
 
 
 @pytest.fixture(scope="module")
