@@ -17,7 +17,7 @@ ROUNDS = 7
 def main() -> None:
     config = SimulatorConfig(
         seed=7, users=100_000, items=50_000, user_life=180, item_life=90, impressions_per_day=500_000,
-        text_dim=8, image_dim=8, popularity=0.8, drift=0.04, fashion=0.9, fashion_days=90, sharpness=4.5,
+        text_dim=8, image_dim=8, popularity=0.8, drift=0.04, fashion=0.5, fashion_days=120, sharpness=5.0,
         click_rate=0.2, late_share=0.02, corrected_share=0.002, missing_text=0.05, missing_image=0.15, noise=0.5,
     )  # fmt: skip
     days = range(20_000, 20_000 + ROUNDS + 1)

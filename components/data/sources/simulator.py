@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from components.common.contracts import ARRIVAL, EVENTS, ORACLE, TIMESTAMP
 from components.data.sources import RawTables, Window
+from components.data.sources.simulator_draws import BEFORE, SECOND, Cohorts, delays, draw, intercept, sphere
 from components.data.sources.simulator_words import ADJECTIVES, FORMS, TOPICS
 
 DEVICES = ("phone", "desktop", "tablet", "tv")
@@ -34,10 +35,7 @@ AGE_GROUPS = ("18-24", "25-34", "35-44", "45-54", "55+")
 REGIONS = ("north", "south", "east", "west")
 FIRST_USER, FIRST_ITEM, STRIDE = 100_003, 5_000_011, 14  # raw ids are no indices: code that mixes them up fails
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)  # day 0
-BEFORE = 1_000_000  # days: more than lie between the year 1 and day 0, so that no index and no seed is negative
 WAVES = 4  # of each topic's fashion
-LATEST = 72  # hours that a late row or a correction takes at most; an hour at least
-SECOND = 1_000_000  # microseconds
 # What a stream of random numbers is for: it is seeded by the seed, one of these, and a day.
 USERS, LEGS, ITEMS, TITLES, VIEWS, FASHION, IMPRESSIONS = range(7)
 
@@ -96,26 +94,6 @@ class SimulatorConfig:
             raise ValueError(f"fashion_days is {self.fashion_days}; it must be more than 0")
 
 
-@dataclass(frozen=True)
-class Cohorts:
-    """Who arrives when: `size` are there on any day, each for `life` days. Their numbers follow their arrival."""
-
-    size: int
-    life: int
-
-    def first(self, day: int) -> int:
-        """The number of the first who arrives on this day, or on one after it."""
-        return self.size * (day + BEFORE) // self.life
-
-    def there(self, day: int) -> range:
-        """The numbers of those who are there on this day: `size` of them."""
-        return range(self.first(day - self.life + 1), self.first(day + 1))
-
-    def of(self, days: range) -> range:
-        """The days on which those arrive who are there on some of these days."""
-        return range(days.start - self.life + 1, days.stop)
-
-
 class World:
     """The users and items of some days. `day(k)` draws the impressions of one of these days; k counts from 1970.
 
@@ -155,7 +133,7 @@ class World:
             # Few topics at a time, the young more of the even ones: so a user's age tells something for ever.
             lean_U1 = np.linspace(-0.7, 0.7, len(AGE_GROUPS))[age][:, None]
             liking_UK = 0.15 * (1 + lean_U1 * np.resize([1, -1], len(TOPICS)))
-            legs += [_sphere(self._rng(LEGS, born, leg).standard_gamma(liking_UK)) for leg in range(first, last + 1)]
+            legs += [sphere(self._rng(LEGS, born, leg).standard_gamma(liking_UK)) for leg in range(first, last + 1)]
             own |= {"born": np.full(n, born), "leg": rng.uniform(0, 1, n)}
             own |= {"row": at - first * n + np.arange(n), "next": np.full(n, n)}  # row of leg 0; rows from leg to leg
             at += n * (last + 1 - first)
@@ -170,12 +148,12 @@ class World:
         config, cohorts, k = self.config, self.item_cohorts, len(TOPICS)
         self.first_item = cohorts.first(cohorts.of(self.days).start)
 
-        def draw(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
+        def laws(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
             topic = rng.integers(0, k, n)
-            z_IK = _sphere(np.eye(k)[topic] + 0.45 * rng.normal(size=(n, k)) / np.sqrt(k) * 2)
+            z_IK = sphere(np.eye(k)[topic] + 0.45 * rng.normal(size=(n, k)) / np.sqrt(k) * 2)
             return topic, z_IK, rng.normal(0, 0.5, n).astype(np.float32)
 
-        self.topics_I, self.z_IK, self.quality_I = self._by_cohort(ITEMS, draw)
+        self.topics_I, self.z_IK, self.quality_I = self._by_cohort(ITEMS, laws)
         # Steps of the golden ratio fill [0, 1) evenly, whichever of them are there: each day has its few great hits.
         number_I = np.arange(len(self.topics_I), dtype=np.uint64) + np.uint64(self.first_item)
         rank_I = (number_I * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(11)) * (config.items * 2.0**-53)
@@ -200,7 +178,7 @@ class World:
         whole_U = np.floor(leg_U).astype(np.int64)
         angle_U1 = ((leg_U - whole_U) * (np.pi / 2)).astype(np.float32)[:, None]
         row_U = self.row_U[users] + whole_U * self.next_U[users]
-        return _sphere(
+        return sphere(
             np.cos(angle_U1) * self.legs_LK[row_U] + np.sin(angle_U1) * self.legs_LK[row_U + self.next_U[users]]
         )
 
@@ -233,18 +211,18 @@ class World:
         assert day in self.days
         config, rng = self.config, self._rng(IMPRESSIONS, day)
         users, items, n = self.users_of(day), self.items_of(day), rows or config.impressions_per_day
-        user_B = _draw(rng, self.activity_U[users], n)
+        user_B = draw(rng, self.activity_U[users], n)
         is_here_U = np.zeros(config.users, dtype=bool)
         is_here_U[user_B] = True
         here_B = (np.cumsum(is_here_U) - 1)[user_B]
         z_HK = self.interests(day, users.start + np.flatnonzero(is_here_U))
         item_B = self._candidates(rng, z_HK, here_B, items)
-        device_B = _draw(rng, np.array(DEVICE_SHARE), n).astype(np.int8)
+        device_B = draw(rng, np.array(DEVICE_SHARE), n).astype(np.int8)
         z_IK = self.z_IK[items]
         affinity_B = np.einsum("bk,bk->b", z_HK[here_B], z_IK[item_B])
         item_effect_I = self.quality_I[items] + self._effects(items, self.fashion(day))
         logit_B = config.sharpness * affinity_B + item_effect_I[item_B] + DEVICE_EFFECT[device_B]
-        logit_B += _intercept(logit_B[:20_000], config.click_rate)
+        logit_B += intercept(logit_B[:20_000], config.click_rate)
         probability_B = (1 / (1 + np.exp(-logit_B))).astype(np.float32)
         milli_B = np.sort(rng.triangular(0, 72_000_000, 86_400_000, n).astype(np.int64))  # evenings are busier
         time_B = day * 86_400 * SECOND + milli_B * 1000
@@ -262,19 +240,18 @@ class World:
 
     def _delivered(self, rng: np.random.Generator, table: pa.Table, time_B: np.ndarray) -> pa.Table:
         """The rows with their time of arrival; before a corrected one, the same with the other label."""
-        n = len(table)
-        is_late_B, is_corrected_B = (
-            rng.random(n) < share for share in (self.config.late_share, self.config.corrected_share)
+        late, wrong = (
+            np.flatnonzero(rng.random(len(table), dtype=np.float32) < share)
+            for share in (self.config.late_share, self.config.corrected_share)
         )
-        late_B, corrected_B = (_delay(rng, n) for _ in range(2))
-        arrival_B = time_B + is_late_B * late_B
-        row_R = np.repeat(np.arange(n), 1 + is_corrected_B)
-        is_first_R = np.append(row_R[:-1] == row_R[1:], False)  # of the two of an impression
-        is_second_R = np.roll(is_first_R, 1)
+        arrival_B = time_B.copy()
+        arrival_B[late] += delays(rng, len(late))
+        row_R, first = np.insert(np.arange(len(table)), wrong, wrong), wrong + np.arange(len(wrong))
+        label_R, arrival_R = table["label"].to_numpy()[row_R], arrival_B[row_R]
+        label_R[first] ^= 1
+        arrival_R[first + 1] += delays(rng, len(wrong))
         table = table.take(pa.array(row_R))
-        label_R = table["label"].to_numpy() ^ is_first_R
-        arrival_R = arrival_B[row_R] + is_second_R * corrected_B[row_R]
-        table = table.set_column(table.column_names.index("label"), "label", pa.array(label_R.astype(np.int8)))
+        table = table.set_column(table.column_names.index("label"), "label", pa.array(label_R))
         return table.append_column(ARRIVAL, pa.array(arrival_R).cast(TIMESTAMP))
 
     def _candidates(self, rng: np.random.Generator, z_HK: np.ndarray, here_B: np.ndarray, items: slice) -> np.ndarray:
@@ -392,28 +369,3 @@ def read(raw: str, config: SimulatorConfig, window: Window, rows: int | None = N
         },
         facts={"seed": config.seed},
     )
-
-
-def _sphere(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def _draw(rng: np.random.Generator, weights: np.ndarray, n: int) -> np.ndarray:
-    """n indices, each with probability proportional to its weight."""
-    cumulative = np.cumsum(weights)
-    return np.searchsorted(cumulative, rng.random(n) * cumulative[-1], "right")
-
-
-def _delay(rng: np.random.Generator, n: int) -> np.ndarray:
-    """n times of an hour to LATEST, in microseconds: an hour or two as likely as a day or two."""
-    return (3_600 * SECOND * LATEST ** rng.random(n)).astype(np.int64)
-
-
-def _intercept(logit_B: np.ndarray, rate: float) -> float:
-    """What must be added to the logits for a mean probability of `rate`, by Newton's steps on the mean's logit."""
-    intercept, goal = 0.0, np.log(rate / (1 - rate))
-    for _ in range(8):
-        p_B = 1 / (1 + np.exp(-logit_B - intercept))
-        mean = p_B.mean()
-        intercept += (goal - np.log(mean / (1 - mean))) * mean * (1 - mean) / (p_B * (1 - p_B)).mean()
-    return float(intercept)
