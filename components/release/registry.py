@@ -268,7 +268,7 @@ def _store(root: Path, live: Path, version: Version, config: Any) -> tuple[Path,
         name = sha256(json.dumps([receipt, sources, folder_hash(repo)], sort_keys=True).encode()).hexdigest()[:12]
         store = live / STORES / f"{receipt['until'][:10]}-{name}"
         if not (store / RECEIPT).is_file():
-            publish.fill(config, features, repo, store, like=serves)
+            publish.fill(config, features, repo, store)  # from nothing: a copy would ask for the lock that is held
     clicks.replay(live, store)
     return store, None
 
