@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -220,7 +221,8 @@ def newest(root: Path) -> Day:
 
 
 def table(rows: list[Row]) -> Table:
-    found = Table("day", title="Runs", title_justify="left")
+    found = Table(title="Runs", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.add_column("day", no_wrap=True)
     for column in ("rows", "late"):
         found.add_column(column, justify="right")
     for column in ("verdict", "champion"):
