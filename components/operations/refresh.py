@@ -7,7 +7,6 @@ store is made and switched to only if it would serve something else than the one
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -61,38 +60,14 @@ def needed(root: Path) -> list[str]:
 def publish(worktree: Path) -> tuple[bool, str]:
     """Fill a store and switch to it, unless the one that serves has the same. Returns whether it did, and why."""
     from components.common.config import load
-    from components.common.live import STORES, current, live_folder, locked, switch
-    from components.features import clicks
-    from components.features.publish import PublishConfig, fill
+    from components.common.live import live_folder
+    from components.features import publish as step
 
-    features, live = worktree / FEATURES, live_folder()
-    facts = read_json(features / "receipt.json", "features")
-    if why := same(features, current(live)):
+    features, repo, live = worktree / FEATURES, worktree / "feature_repo", live_folder()
+    if why := step.useless(features, repo, live):
         return False, why
-    config = load(worktree / "params.yaml", "publish", PublishConfig)
-    name = sha256((features / "receipt.json").read_bytes() + (features / "click_log.parquet").read_bytes()).hexdigest()
-    store = live / STORES / f"{facts['until'][:13].replace(':', '')}-{name[:12]}"
-    if not (store / "receipt.json").is_file():
-        fill(config, features, worktree / "feature_repo", store)
-    clicks.replay(live, store)  # the many
-    with locked(live):
-        if why := same(features, current(live)):  # somebody published meanwhile
-            return False, why
-        clicks.replay(live, store)  # those that came meanwhile
-        switch(live, store=store, why=f"features until {facts['until']}", who="refresh", keep=config.keep)
+    facts = read_json(features / "receipt.json", "features")
+    config = load(worktree / "params.yaml", "publish", step.PublishConfig)
+    if not step.publish(config, features, repo, live, f"features until {facts['until']}", who="refresh"):
+        return False, "somebody published meanwhile"
     return True, f"{facts['clicks']:,} clicks, the newest of {facts['log_until']}"
-
-
-def same(features: Path, now: Any) -> str:
-    """Why nothing is to be published; empty, if something is."""
-    if now is None or now.store is None:
-        return ""
-    facts, has = read_json(features / "receipt.json", "features"), read_json(now.store / "receipt.json", "publish")
-    if has["until"] > facts["until"]:
-        return f"the store that serves has newer data, until {has['until']}"
-    clock = ("until", "known_until")
-    if all(has[key] == value for key, value in facts.items() if key not in clock) and (
-        (features / "click_log.parquet").read_bytes() == (now.store / "click_log.parquet").read_bytes()
-    ):
-        return "nothing changed"
-    return ""
