@@ -69,9 +69,9 @@ def run(live: Path, lines: Iterable[bytes] = sys.stdin.buffer, rejected: Path = 
                 for start in range(0, len(found), journal.BATCH):
                     some = found[start : start + journal.BATCH]
                     pushed = histories.add(some)
-                    counts["pushed"] += pushed
                     counts["repeated"] += len(some) - pushed
         finally:
+            counts["pushed"] = histories.pushed
             _print(f"push: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
             if counts["rejected"]:
                 _print(f"push: the rejected lines are in {rejected}")
@@ -104,6 +104,7 @@ class Histories:
     def __init__(self, live: Path) -> None:
         self.live, self.journal = live, journal.Journal(live)
         self.folder: Path | None = None
+        self.pushed = 0  # clicks that are in the journal: a kill cannot take them back
         with locked(live):
             self._open()
 
@@ -120,6 +121,7 @@ class Histories:
             fresh = np.frombuffer(b"".join(new), journal.CLICK)
             if len(fresh):
                 batch = self.journal.append(fresh)
+                self.pushed += len(fresh)
                 self.known |= new.keys()
                 journal.give(self.folder, self.store, fresh, batch)
         return len(fresh)
