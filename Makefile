@@ -43,8 +43,8 @@ PIP_LINKS = $$(.venv/bin/python -m pip config get global.find-links 2>/dev/null 
 help:  ## what can be done here
 	@grep -hE '^[a-z./]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: .venv  ## the whole loop, raw clicks to a served Bento (SOURCE=movielens RAW=path for real ratings)
-	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && dvc repro && python -m components report
+demo: .venv  ## the first night, from raw clicks to a model that serves (SOURCE=movielens RAW=path for real ratings)
+	python -m components use $(SOURCE) $(if $(RAW),--raw $(RAW)) && python -m components run
 
 lint: .venv  ## style, types, layers and prose: what a commit must pass
 	ruff check . && ruff format --check . && mypy && lint-imports && python docs/hooks/prose.py *.md docs

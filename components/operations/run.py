@@ -25,6 +25,7 @@ from components.common.artifacts import write_json
 from components.common.causes import BusyError, StepError
 from components.common.config import load, parse_time
 from components.operations import day as step
+from components.operations import report
 from components.operations.day import Day, RunConfig
 from components.operations.repro import Outcome
 from components.operations.retention import disk, tidy
@@ -64,7 +65,10 @@ def run(root: Path, name: str | None, first: str | None, last: str | None, *, jo
             raise ValueError(f"--jobs {jobs} --promote {promote}: a champion follows the one before it; use --jobs 1")
         rows = several(root, Day.of(root, first), Day.of(root, last), jobs, promote, console)
     else:
-        rows = [one(Day.of(root, name) if name else newest(root), promote, console)]
+        day = Day.of(root, name) if name else newest(root)
+        rows = [one(day, promote, console)]
+        if day.worktree.is_dir():  # `tidy` keeps the newest
+            report.run(day.worktree, day.page)
     console.print(table(rows))
 
 
@@ -94,7 +98,6 @@ def one(day: Day, promote: str | None, console: Console) -> Row:
     )  # fmt: skip
     write_json(day.page.with_suffix(".json"), asdict(row))
     tidy(day.root, say)
-    console.print(f"report: {day.page}", markup=False, soft_wrap=True)
     return row
 
 
