@@ -22,6 +22,7 @@ from components.release import versions
 INDEX, FIGURES = "index.html", ".figures.json"
 SHOWN = 60  # newest days in the plots; the table has all
 LOCK_SECONDS = 60
+ASIDE = 0.06  # days by which the intervals of one day stand apart
 
 
 def write(root: Path, folder: Path) -> Path:
@@ -103,8 +104,8 @@ def plots(runs: list[dict[str, Any]]) -> Iterator[Plot]:
     if new:
         states = [marks.get(run["state"], "") for _, run in new]
         series = [
-            _line("champion", "old", old, [""] * len(old)),
-            _line("new model", "s0", [(place, run["auc"]) for place, run in new], states),
+            _line("champion", "old", [(place - ASIDE, auc) for place, auc in old], [""] * len(old)),
+            _line("new model", "s0", [(place + ASIDE, run["auc"]) for place, run in new], states),
         ]
         series = [one for one in series if one.points]
         yield Plot(
@@ -125,6 +126,6 @@ def plots(runs: list[dict[str, Any]]) -> Iterator[Plot]:
         yield Plot("Cost", bars(minutes, names, "minutes of all stages"))
 
 
-def _line(label: str, kind: str, aucs: list[tuple[int, list[float]]], marks: list[str]) -> Line:
+def _line(label: str, kind: str, aucs: list[tuple[float, list[float]]], marks: list[str]) -> Line:
     points = [(place, auc[0]) for place, auc in aucs]
     return Line(label, points, kind, marks, [(auc[1], auc[2]) for _, auc in aucs])

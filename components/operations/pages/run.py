@@ -180,13 +180,21 @@ def slices(found: dict[str, Any]) -> Iterator[Plot]:
         return
     if metrics["references"]:
         champion = metrics["references"][0]
+        rules = {rule["rule"]: rule for rule in candidates(found).get(model, {"rules": []})["rules"]}
         rows = []
         for name, size in sizes.items():
-            one = champion["slices"].get(name)
-            rows.append(Interval(name, size, *((one["value"], one["low"], one["high"]) if one else (None,))))
+            one, rule = champion["slices"].get(name), rules.get(f"auc_loss on {name}")
+            ends = (one["value"], one["low"], one["high"]) if one else (None, None, None)
+            kind = {True: "s0", False: "bad", None: "old"}[rule["passed"]] if rule else "s0"
+            rows.append(Interval(name, size, *ends, margin=-rule["limit"] if rule and one else None, kind=kind))
+        drawn = forest(rows, "difference in AUC", line=0.0, signed=True)
         note = "95% intervals, not corrected for their number. A dash: one class alone, or no row."
-        yield Plot(f"{model} minus {champion['version']}, AUC by slice",
-                   forest(rows, "difference in AUC", line=0.0, signed=True), note)  # fmt: skip
+        if rules:
+            note += (
+                " The red stroke is the loss that the gate allows. Red slices break the rule, grey ones have too few "
+            )
+            note += "rows to be judged."
+        yield Plot(f"{model} minus {champion['version']}, AUC by slice", drawn, note)
     else:
         rows = [Interval(name, sizes[name], part["auc"]) for name, part in metrics["slices"].items()]
         yield Plot(f"AUC of {model} by slice", forest(rows, "AUC", line=metrics["test"]["auc"]),

@@ -164,7 +164,7 @@ def gate_table(candidate: dict[str, Any]) -> Content:
          VERDICTS[rule["passed"]], rule["why"]]
         for rule in rules
     ]  # fmt: skip
-    return Content("Rules of the gate", ["rule", "value", "95% interval", "limit", "", "why"], rows)
+    return Content("Rules of the gate", ["rule", "value", "interval", "limit", "", "why"], rows)
 
 
 def refit_table(found: dict[str, Any]) -> Content:
