@@ -93,7 +93,11 @@ def test_a_page_fits_the_window_and_asks_for_nothing(pages, tmp_path, name, widt
 
 def test_the_look_sees_a_wide_page_and_a_request(tmp_path) -> None:
     need("chromium")
-    seen = look('<!doctype html><body><p style="width:2000px">wide</p><img src="http://127.0.0.1:9/x.png"></body>', 390, tmp_path)
+    seen = look(
+        '<!doctype html><body><p style="width:2000px">wide</p><img src="http://127.0.0.1:9/x.png"></body>',
+        390,
+        tmp_path,
+    )
     assert seen["scroll"] >= 2000 and seen["asked"] == ["http://127.0.0.1:9/x.png"]
 
 
