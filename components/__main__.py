@@ -32,7 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from components.common import causes, pipeline, threads
 from components.operations import commands
-from components.release.commands import registry
+from components.release.commands import compare, registry
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
@@ -291,6 +291,7 @@ def use(
 
 
 app.add_typer(registry, name="registry", rich_help_panel=RELEASES)
+app.command(rich_help_panel=RELEASES)(compare)
 
 
 @app.command(rich_help_panel=RELEASES)

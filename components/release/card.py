@@ -56,7 +56,7 @@ def write(
 
 
 def _data(evaluation: dict[str, Any], shipped: Checkpoint, data: Dataset) -> Iterator[tuple[str, str]]:
-    counts = {name: end - start for name, (start, end) in data.splits.items()}
+    counts = {name: end - start for name, (start, end) in sorted(data.splits.items(), key=lambda split: split[1])}
     until = shipped.facts.get("train_until")
     yield "has seen the rows until", until[:16].replace("T", " ") + " UTC" if until else "unknown: they have no times"
     yield "rows fitted on", f"{shipped.facts.get('train_rows', counts['train']):,}"
@@ -110,7 +110,7 @@ def _figures(test: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def _versions(evaluation: dict[str, Any]) -> Iterator[str]:
     rows = [
-        (other["version"], f"{other['test']['auc']:.4f}", f"{gained['value']:+.4f}", _between((gained["low"], gained["high"])))
+        (other["version"], f"{other['test']['auc']:.4f}", *_gain(gained))
         for other in evaluation["references"]
         if (gained := other["difference"]["auc"])
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def _slices(evaluation: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]
         row = [name, f"{part['rows']:,}", "none: one class" if part["auc"] is None else f"{part['auc']:.4f}"]
         if champion:
             one = champion["slices"].get(name)
-            row += [f"{one['value']:+.4f}", _between((one["low"], one["high"]))] if one else ["", ""]
+            row += _gain(one) if one else ["", ""]
         rows.append(tuple(row))
     beside = [f"beside {champion['version']}", "95% interval"] if champion else []
     return ["slice of the test days", "rows", "AUC", *beside], rows
@@ -149,6 +149,10 @@ def _limits(evaluation: dict[str, Any]) -> Iterator[str]:
 def _hashes(hashes: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in sorted(hashes.items()):
         yield name, ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _gain(one: dict[str, float]) -> tuple[str, str]:
+    return f"{one['value']:+.4f}", _between((one["low"], one["high"]))
 
 
 def _between(ends: Iterable[float] | None) -> str:

@@ -66,8 +66,8 @@ class PackageConfig:
 
 
 def run(
-    config: PackageConfig, decision: Path, evaluations: Path, checkpoint: Path, dataset: Path, features: Path, repo: Path,
-    output: Path,
+    config: PackageConfig, decision: Path, evaluations: Path, checkpoint: Path, dataset: Path, features: Path,
+    repo: Path, output: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns package.json. Raises ValueError where the bytes on disk are not those that the decision ships.
 

@@ -114,7 +114,8 @@ def make_world(root: Path, family: str = "qin") -> World:
 def _evaluation(family: str, judged: str) -> dict[str, object]:
     """As `evaluate` writes it, as far as the model card reads it."""
     beside = {"value": 0.0123, "se": 0.002, "low": 0.0084, "high": 0.0162}
-    test = {"rows": 10, "label_rate": 0.5, "auc": 0.7123, "group_auc": None, "logloss": 0.4321, "calibration_error": 0.0321,
+    test = {"rows": 10, "label_rate": 0.5, "auc": 0.7123, "group_auc": None, "logloss": 0.4321,
+            "calibration_error": 0.0321,
             "intervals": {"auc": [0.6923, 0.7323], "group_auc": None, "logloss": [0.41, 0.45],
                           "calibration_error": [0.02, 0.06]}}  # fmt: skip
     return {
