@@ -132,18 +132,20 @@ def against(found: dict[str, Any]) -> Iterator[Plot]:
         drawn = forest(rows, "difference in AUC", line=0.0, signed=True)
         yield Plot("Difference in AUC, new model minus version", drawn, note)
     rows = [
-        Interval(model, "", metrics["test"]["auc"], *metrics["test"]["intervals"]["auc"], kind=f"s{place % 3}")
-        for place, (model, metrics) in enumerate(evaluate.items())
+        _auc(model, "", metrics["test"], f"s{place % 3}") for place, (model, metrics) in enumerate(evaluate.items())
     ]
     any_metrics = next(iter(evaluate.values()), None)
     for at, other in enumerate(any_metrics["references"] if any_metrics else ()):
-        test = other["test"]
-        rows.append(Interval(f"{other['version']}", "earlier version" if at else "champion", test["auc"],
-                             *test["intervals"]["auc"], kind="old"))  # fmt: skip
+        rows.append(_auc(other["version"], "earlier version" if at else "champion", other["test"], "old"))
     if any_metrics and "oracle_auc" in any_metrics["test"]:
         rows.append(Interval("oracle", "ceiling of any model", any_metrics["test"]["oracle_auc"], kind="old"))
     if rows:
         yield Plot("AUC on the test days", forest(rows, "AUC"), "With 95% intervals; users are the units.")
+
+
+def _auc(label: str, note: str, test: dict[str, Any], kind: str) -> Interval:
+    low, high = test["intervals"]["auc"]
+    return Interval(label, note, test["auc"], low, high, kind=kind)
 
 
 def quality(found: dict[str, Any]) -> Iterator[Plot]:
@@ -184,9 +186,12 @@ def slices(found: dict[str, Any]) -> Iterator[Plot]:
         rows = []
         for name, size in sizes.items():
             one, rule = champion["slices"].get(name), rules.get(f"auc_loss on {name}")
-            ends = (one["value"], one["low"], one["high"]) if one else (None, None, None)
+            if one is None:
+                rows.append(Interval(name, size, None))
+                continue
             kind = {True: "s0", False: "bad", None: "old"}[rule["passed"]] if rule else "s0"
-            rows.append(Interval(name, size, *ends, margin=-rule["limit"] if rule and one else None, kind=kind))
+            margin = -rule["limit"] if rule else None
+            rows.append(Interval(name, size, one["value"], one["low"], one["high"], margin, kind))
         drawn = forest(rows, "difference in AUC", line=0.0, signed=True)
         note = "95% intervals, not corrected for their number. A dash: one class alone, or no row."
         if rules:
