@@ -1,7 +1,7 @@
 """A model folder and this code -> a Bento as a folder that `bentoml serve` takes. Needs no network and no Docker.
 
     python -m bento.build '{"name": …, "version": …, "model": …, "output": …, "packages": […], "labels": {…},
-                            "metadata": {…}}'
+                            "metadata": {…}, "description": …}'
 
 Run it in a folder that holds only bento/ and models/, with its own BENTOML_HOME: BentoML chooses its home, its model
 store and the imported service once in a process.
@@ -30,9 +30,10 @@ def build(
     packages: list[str],
     labels: dict[str, str],
     metadata: dict[str, Any],
+    description: str,
 ) -> None:
     """model: the model folder; output: the folder to make; packages: what the Bento installs, as NAME==VERSION; labels
-    and metadata go to the Bento and to the model."""
+    and metadata go to the Bento and to the model; description: its README, in Markdown."""
     import bentoml  # makes its home on import: whoever reads `requirements` must not have one made
 
     added = [line for line in packages if not line.startswith("bentoml==")]  # BentoML adds itself
@@ -43,7 +44,7 @@ def build(
         name=name,
         version=version,
         labels=labels,
-        description=f"# {name}:{version}\n\n" + "".join(f"- {key}: {value}\n" for key, value in metadata.items()),
+        description=description,
         include=["bento/**/*.py", "models/**/*.py"],
         python={"packages": added, "lock_packages": False},
     )

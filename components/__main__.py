@@ -32,7 +32,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from components.common import causes, pipeline, threads
 from components.operations import commands
-from components.release.commands import registry
+from components.release.commands import compare, registry
 
 console = Console(stderr=True, highlight=False)
 PARAMS = Path("params.yaml")
@@ -242,11 +242,18 @@ def replay(
 
 
 @app.command(rich_help_panel=REPORTS)
-def report(output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("artifacts/report.html")) -> None:
+def report(
+    output: Annotated[Path, typer.Option(help="The HTML page.")] = Path("artifacts/report.html"),
+    index: Annotated[bool, typer.Option("--index", help="Only write the page of all runs, .runs/reports.")] = False,
+) -> None:
     """What the last run found, as a table here and as a page with plots."""
     from components.operations import report as step
+    from components.operations.pages import index as of_all
 
-    step.run(Path(), output)
+    if index:
+        print(of_all.write(Path.cwd(), Path(".runs/reports").resolve()))
+    else:
+        step.run(Path(), output)
 
 
 @app.command(rich_help_panel=SETUP)
@@ -284,6 +291,7 @@ def use(
 
 
 app.add_typer(registry, name="registry", rich_help_panel=RELEASES)
+app.command(rich_help_panel=RELEASES)(compare)
 
 
 @app.command(rich_help_panel=RELEASES)

@@ -89,6 +89,11 @@ PARTS = {
     "make": Part(
         tests="Airflow as `make airflow` starts it", install="apt-get install make", missing=absent(programs=("make",))
     ),
+    "chromium": Part(
+        tests="the pages of runs in a browser",
+        install="apt-get install chromium",
+        missing=absent(programs=("chromium",)),
+    ),
     "gpu": Part(tests="training and kernels on a GPU", install="a machine with CUDA", missing=no_gpu, everywhere=False),
     "open_clip": Part(
         tests="open_clip's encoders of pictures",

@@ -229,10 +229,18 @@ def commit(day: Day, facts: dict[str, Any], say: Say = to_stderr) -> None:
 
 
 def page(day: Day) -> dict[str, Any]:
-    """Write the run's page, whatever has run so far. Returns its figures."""
+    """Write the run's page, whatever has run so far, and the index of all runs. Returns the run's figures."""
     from components.operations.report import write
 
-    return write(day.worktree, day.page)
+    found = write(day.worktree, day.page, str(day))
+    _index(day)
+    return found
+
+
+def _index(day: Day) -> None:
+    from components.operations.pages import index
+
+    index.write(day.root, day.page.parent)
 
 
 def _facts(day: Day, found: dict[str, Any]) -> dict[str, Any]:
@@ -313,6 +321,12 @@ def ship(
 
     A day that is older than the newest one closed changes nothing that serves, unless `promote` is given.
     """
+    found = _shipped(day, promote, who, why, say)
+    _index(day)  # it says what was promoted
+    return found
+
+
+def _shipped(day: Day, promote: str | None, who: str, why: str, say: Say) -> dict[str, Any]:
     config = load(day.root / "params.yaml", "run", RunConfig)
     if promote not in (None, *PROMOTE):
         raise ValueError(f"--promote is {promote!r}; write {', '.join(PROMOTE[:-1])} or {PROMOTE[-1]}")

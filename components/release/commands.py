@@ -1,4 +1,7 @@
-"""The commands of the registry: `registry list`, `show`, `promote`, `rollback`, `history`, `pin`, `register`."""
+"""The commands of the registry: `registry list`, `show`, `promote`, `rollback`, `history`, `pin`, `register`.
+
+And `compare`, which measures two of its versions.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +116,60 @@ def pin(version: Annotated[str | None, typer.Argument(help="v1.2.0; the champion
     from components.release import registry as step
 
     print(step.pin(Path.cwd(), version))
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="VERSION", help="v1.2.0, or run/2026-01-11@qin.")],
+    second: Annotated[str, typer.Argument(metavar="VERSION", help="The other one, likewise.")],
+    rows: Annotated[
+        str | None, typer.Option(help="The run whose test rows are scored; the newest, if not given.")
+    ] = None,
+    as_json: Json = False,
+    params: Annotated[Path, typer.Option(help="The file with every number; its section evaluate.")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Two versions on the same rows: figures of both, and the second minus the first with 95% intervals.
+
+    Both are taken as the gate judged them, before their refit. A model that has seen the rows is refused.
+    """
+    from components.common.config import load
+    from components.release import compare as step
+    from components.release.measures import EvaluateConfig
+
+    found = step.run(Path.cwd(), load(params, "evaluate", EvaluateConfig), first, second, rows)
+    if as_json:
+        return _json(found)
+    one, other = (f"{side['name']} ({side['model']})" for side in found["models"])
+    _table_of(f"{found['test_rows']:,} test rows of {found['rows']}", ["figure", one, other], _compared(found))
+    _table_of("AUC by slice", ["slice", "rows"], [
+        [name, f"{part['rows']:,}", *_gain(part["auc"])] for name, part in found["slices"].items()
+    ])  # fmt: skip
+
+
+def _compared(found: dict[str, Any]) -> list[list[str]]:
+    from components.release.card import NAMES
+
+    return [
+        [words, *(_text(found[side][name]) for side in ("first", "second")), *_gain(found["difference"][name])]
+        for name, words in NAMES.items()
+    ]
+
+
+def _gain(one: dict[str, float] | None) -> list[str]:
+    return (
+        ["not measurable", ""] if one is None else [f"{one['value']:+.4f}", f"{one['low']:+.4f} to {one['high']:+.4f}"]
+    )
+
+
+def _table_of(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Words on the left, figures on the right; the last two columns are a difference and its interval."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for at, column in enumerate([*columns, "difference", "95% interval"]):
+        table.add_column(column, justify="left" if at == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _console().print(table)
 
 
 def _table(columns: dict[str, str], rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """package: what ships -> a Bento as a folder, with golden requests. It builds nothing if the gate rejects.
 
 package.json    what was built, from which bytes and for which versions of the packages that serve
+model_card.md   what ships and how good it is, for people; the Bento has it too, as its README
 bento/          `bentoml serve "$PWD/artifacts/package/bento"`: BentoML doubles a relative path
 golden.json     requests, and the scores that the model gives them without the server's code
 """
@@ -32,6 +33,7 @@ from bento.build import requirements
 from components.common.artifacts import file_hash, folder_hash, new_folder, read_json, write_json
 from components.common.contracts import read_parquet
 from components.common.dataset import Dataset, popularity_level
+from components.release import card
 from models.checkpoint import CHECKPOINT_FILES, Checkpoint, checkpoint_hash, load
 from models.schema import SPECIAL, UNKNOWN, Batch, Feature, bucket
 
@@ -64,12 +66,14 @@ class PackageConfig:
 
 
 def run(
-    config: PackageConfig, decision: Path, checkpoint: Path, dataset: Path, features: Path, repo: Path, output: Path
-) -> dict[str, Any]:
+    config: PackageConfig, decision: Path, evaluations: Path, checkpoint: Path, dataset: Path, features: Path,
+    repo: Path, output: Path,
+) -> dict[str, Any]:  # fmt: skip
     """Returns package.json. Raises ValueError where the bytes on disk are not those that the decision ships.
 
-    decision    as `refit` writes it: the gate's, and `shipped`
-    checkpoint  what ships: the refit, or the model that the gate judged
+    decision     as `refit` writes it: the gate's, and `shipped`
+    evaluations  a folder for each model; the model card has the figures of the judged one
+    checkpoint   what ships: the refit, or the model that the gate judged
 
     The Bento's version is a hash of all that it serves from: model, item state, code, the versions of the packages that
     serve, and `repo`, the Feast repo whose definitions say what the online store returns.
@@ -82,6 +86,7 @@ def run(
         return package
     data = Dataset.open(dataset)
     ranker = verify(judged, checkpoint, data, dataset)
+    evaluation = evaluated(judged, evaluations)
     sources = Sources(features / "sources")
     with new_folder(output) as folder, tempfile.TemporaryDirectory(prefix="clickloop-bento-") as scratch:
         model = Path(scratch) / "model"
@@ -105,7 +110,9 @@ def run(
         version = f"{judged['model']}-{hashlib.sha256(served.encode()).hexdigest()[:12]}"
         write_json(model / SERVING, {"version": version, "max_candidates": config.max_candidates})
         facts: dict[str, Any] = {"version": version, "model": judged["model"], **hashes}
-        build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, Path(scratch) / "home")
+        text = card.write(f"{config.name}:{version}", judged, evaluation, ranker, data, hashes)
+        (folder / "model_card.md").write_text(text, encoding="utf-8")
+        build_bento(config.name, version, model, code, folder.resolve() / "bento", facts, text, Path(scratch) / "home")
         write_json(folder / "golden.json", golden(config, ranker, data, sources))
         package = {
             "built": True,
@@ -139,6 +146,19 @@ def verify(judged: dict[str, Any], source: Path, data: Dataset, dataset: Path) -
             "run `dvc repro`"
         )
     return checkpoint
+
+
+def evaluated(judged: dict[str, Any], evaluations: Path) -> dict[str, Any]:
+    """The evaluation of the model that the gate approved. Raises ValueError where it is of other bytes."""
+    name = judged["model"]
+    file = evaluations / name / "evaluation.json"
+    found: dict[str, Any] = read_json(file, f"evaluate@{name}")
+    if found["checkpoint_sha256"] != judged["checkpoint_sha256"]:
+        raise ValueError(
+            f"{file} is of checkpoint {found['checkpoint_sha256']}, the gate judged {judged['checkpoint_sha256']}; "
+            "run `dvc repro gate`"
+        )
+    return found
 
 
 class Sources:
@@ -181,7 +201,7 @@ def _origin(checkpoint: Checkpoint, origin: str) -> list[Feature]:
 
 
 def build_bento(
-    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, Any], home: Path
+    name: str, version: str, model: Path, code: Path, output: Path, facts: dict[str, Any], description: str, home: Path
 ) -> None:
     """Build with its own process, folder and BENTOML_HOME, so that the user's home and store stay as they are."""
     words = {
@@ -192,6 +212,7 @@ def build_bento(
         "packages": facts["packages"],
         "labels": {"version": facts["version"], "model": facts["model"]},
         "metadata": facts,
+        "description": description,
     }
     env = os.environ | {
         "BENTOML_HOME": str(home),

@@ -1,4 +1,4 @@
-"""The reports of runs, inside of Airflow's own web server: /clickloop/runs/2026-01-11, and its tag.
+"""The reports of runs, inside of Airflow's own web server: /clickloop/runs/2026-01-11, its tag, and index.html.
 
 Only who is logged in sees them, as with all of Airflow's pages.
 """
@@ -19,13 +19,25 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 
 PROJECT = Path(os.environ.get("CLICKLOOP_PROJECT") or Path(__file__).resolve().parents[2])
 
+REPORTS = PROJECT / ".runs/reports"
+
 pages = FastAPI(dependencies=[Depends(get_user)], openapi_url=None)
 
 
+@pages.get("/index.html")
+def index() -> HTMLResponse:
+    """All runs, as the last one that ended wrote it."""
+    file = REPORTS / "index.html"
+    if not file.is_file():
+        raise HTTPException(404, "no index of the runs here; it is made when a run closes")
+    return HTMLResponse(file.read_text())
+
+
+@pages.get("/{day}.html")
 @pages.get("/{day}")
 def report(day: date) -> HTMLResponse:
     """The run's page as `day close` wrote it, with a line above it that leads to the tag."""
-    file = PROJECT / ".runs/reports" / f"{day}.html"
+    file = REPORTS / f"{day}.html"
     if not file.is_file():
         raise HTTPException(404, f"no report of {day} here; it is made when the run closes")
     strip = f'<p style="margin:1em">The tag of this run: <a href="{day}/tag">run/{day}</a></p>'

@@ -45,6 +45,10 @@ class World:
         return self.root / "decision.json"
 
     @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -87,16 +91,39 @@ def make_world(root: Path, family: str = "qin") -> World:
     save(world.model, checkpoint)
     _write_dataset(world, rng)
     _write_sources(world.features / "sources", rng)
+    judged = checkpoint_hash(world.model)
+    (world.evaluations / family).mkdir(parents=True)
+    (world.evaluations / family / "evaluation.json").write_text(json.dumps(_evaluation(family, judged)))
     decision = {
         "verdict": "approve",
         "model": family,
-        "checkpoint_sha256": checkpoint_hash(world.model),
+        "checkpoint_sha256": judged,
         "data_sha256": file_hash(world.dataset / "rows.safetensors"),
         "reasons": [],
-        "shipped": {"checkpoint_sha256": checkpoint_hash(world.model), "kind": "judged", "train_until": None},
+        "shipped": {
+            "checkpoint_sha256": judged,
+            "kind": "judged",
+            "train_until": None,
+            "reasons": ["it ships as judged"],
+        },
     }
     world.decision.write_text(json.dumps(decision))
     return world
+
+
+def _evaluation(family: str, judged: str) -> dict[str, object]:
+    """As `evaluate` writes it, as far as the model card reads it."""
+    beside = {"value": 0.0123, "se": 0.002, "low": 0.0084, "high": 0.0162}
+    test = {"rows": 10, "label_rate": 0.5, "auc": 0.7123, "group_auc": None, "logloss": 0.4321,
+            "calibration_error": 0.0321,
+            "intervals": {"auc": [0.6923, 0.7323], "group_auc": None, "logloss": [0.41, 0.45],
+                          "calibration_error": [0.02, 0.06]}}  # fmt: skip
+    return {
+        "model": family, "checkpoint_sha256": judged, "test": test,
+        "slices": {"new items": {"rows": 4, "auc": 0.6012}, "history 0": {"rows": 2, "auc": None}},
+        "references": [{"version": "v0.0.7", "test": {"auc": 0.7}, "difference": {"auc": beside},
+                        "slices": {"new items": beside, "history 0": None}}],
+    }  # fmt: skip
 
 
 def _encoder(rng: torch.Generator) -> tuple[Encoder, Catalog]:

@@ -305,6 +305,8 @@ def test_the_run_has_a_note_with_its_figures_and_a_link_to_its_report_and_that_o
     tag = airflow.client.get(f"{links['Report']}/tag")
     assert f"tag run/{day}" in tag.text and facts["model"] in tag.text
     assert httpx.get(links["Report"]).status_code == 401
+    index = airflow.client.get("/clickloop/runs/index.html")
+    assert f'href="{day}.html"' in index.text and airflow.client.get(f"{links['Report']}.html").text == page.text
     assert airflow.client.get(f"/clickloop/runs/{date(2020, 1, 1)}").status_code == 404
 
 

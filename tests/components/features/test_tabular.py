@@ -106,7 +106,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         judged_ships = replace(every_row, enabled=False)  # its scores are those that were measured
         refit.run(judged_ships, decision, checkpoints, made.root / "start", made.dataset, ships, shipped)
     package.run(
-        load(params, "package", PackageConfig), shipped, ships, made.dataset, made.features, made.repo, built
+        load(params, "package", PackageConfig), shipped, evaluations, ships, made.dataset, made.features,
+        made.repo, built,
     )  # fmt: skip
     asked = replace(load(params, "smoke", SmokeConfig), latency_requests=20)
     published = load(params, "publish", PublishConfig)

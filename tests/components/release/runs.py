@@ -52,7 +52,9 @@ def repository(root: Path) -> Path:
     shutil.copy(PROJECT / "params.yaml", root / "params.yaml")
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"all": {"cmd": "true", "outs": OUTPUTS}}}))
     write_json(root / "champion.json", {"version": None})
-    (root / ".gitignore").write_text("/.live/\n/.dvc-remote/\n/data/\n/checkpoints/\n/artifacts/\n/decision.json\n")
+    (root / ".gitignore").write_text(
+        "/.live/\n/.dvc-remote/\n/data/\n/checkpoints/\n/artifacts/\n/decision.json\n/evaluations/\n"
+    )
     commit(root, "the project")
     return root
 
@@ -105,6 +107,8 @@ def close(root: Path, day: str, *, build: bool = False, push: bool = True, **cha
                     "checks": [], "reasons": []},
     }  # fmt: skip
     write_json(root / "artifacts/refit/decision.json", decision | changed.get("decision", {}))
+    evaluation = root / "evaluations/qin/evaluation.json"
+    write_json(evaluation, json.loads(evaluation.read_text()) | {"checkpoint_sha256": decision["checkpoint_sha256"]})
     package = root / "artifacts/package"
     if build:
         tag = _build(root, package)
@@ -135,6 +139,13 @@ def _build(root: Path, output: Path) -> str:
     decision, shipped = root / "artifacts/refit/decision.json", root / "checkpoints/refit"
     return str(
         package.run(
-            config, decision, shipped, root / "data/dataset", root / "data/features", root / "feature_repo", output
+            config,
+            decision,
+            root / "evaluations",
+            shipped,
+            root / "data/dataset",
+            root / "data/features",
+            root / "feature_repo",
+            output,
         )["tag"]
     )

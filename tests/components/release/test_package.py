@@ -34,14 +34,18 @@ def world(tmp_path: Path) -> World:
 
 def run(world: World, config: PackageConfig = CONFIG) -> dict:
     output = world.root / "package"
-    return package.run(config, world.decision, world.model, world.dataset, world.features, world.repo, output)
+    return package.run(
+        config, world.decision, world.evaluations, world.model, world.dataset, world.features, world.repo, output
+    )
 
 
 @pytest.fixture
 def no_bento(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the model folder where the Bento would hold it, and spares the seconds of the build."""
 
-    def keep(name: str, version: str, model: Path, code: Path, output: Path, facts: dict, home: Path) -> None:
+    def keep(
+        name: str, version: str, model: Path, code: Path, output: Path, facts: dict, description: str, home: Path
+    ) -> None:
         shutil.copytree(model, output)
 
     monkeypatch.setattr(package, "build_bento", keep)
@@ -80,6 +84,8 @@ def test_builds_a_bento_that_stands_alone(world: World, monkeypatch: pytest.Monk
     assert json.loads((model / SERVING).read_text()) == {"version": built["version"], "max_candidates": 25}
     requirements = (folder / "bento" / "env" / "python" / "requirements.txt").read_text().split()
     assert sorted(requirements) == sorted(built["packages"])
+    card = (folder / "model_card.md").read_text()
+    assert (folder / "bento" / "README.md").read_text().strip() == card.strip()
     assert package.summary(built)["Bento"] == built["tag"] and "MiB of it the model" in package.summary(built)["size"]
     assert all("==" in line and "+" not in line for line in requirements)
     assert {line.split("==")[0] for line in requirements} >= {"torch", "safetensors", "bentoml", "feast[duckdb,redis]"}
@@ -137,9 +143,10 @@ def test_a_model_without_impression_fields_has_golden_requests(world: World) -> 
     save(world.model, replace(theirs, model=model, encoder=encoder, schema_hash=found))
     shutil.rmtree(world.dataset / "encoder")
     save_encoder(world.dataset / "encoder", encoder, theirs.catalog)
+    shipped = json.loads(world.decision.read_text())["shipped"]
     for file, changed in (
         (world.dataset / "dataset.json", {"schema_hash": found}),
-        (world.decision, {"shipped": {"checkpoint_sha256": checkpoint_hash(world.model), "train_until": None}}),
+        (world.decision, {"shipped": shipped | {"checkpoint_sha256": checkpoint_hash(world.model)}}),
     ):
         file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     run(world)
@@ -247,6 +254,8 @@ def test_ships_the_refit_and_not_what_was_judged(world: World) -> None:
     decision = json.loads(world.decision.read_text())
     decision |= {"checkpoint_sha256": "1" * 64, "shipped": decision["shipped"] | {"train_until": "2026-01-11"}}
     world.decision.write_text(json.dumps(decision))
+    evaluation = world.evaluations / "qin/evaluation.json"
+    evaluation.write_text(json.dumps(json.loads(evaluation.read_text()) | {"checkpoint_sha256": "1" * 64}))
     built = run(world)
     assert built["checkpoint_sha256"] == checkpoint_hash(world.model)
     assert (built["judged_sha256"], built["train_until"]) == ("1" * 64, "2026-01-11")

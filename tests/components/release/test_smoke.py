@@ -61,7 +61,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("clickloop-smoke-test"))
     config = package.PackageConfig(name="ctr-ranker", max_candidates=25, golden_requests=10)
     output = world.root / "package"
-    package.run(config, world.decision, world.model, world.dataset, world.features, world.repo, output)
+    package.run(
+        config, world.decision, world.evaluations, world.model, world.dataset, world.features, world.repo, output
+    )
     return world
 
 
