@@ -19,6 +19,9 @@ impression, on users and items an attribute. The optional columns of events are 
     created_at                  when the row arrived; of two rows of one impression the newer counts
     split                       train, valid or test, where the source gives the split
     history_start, history_end  the row's history is histories[start:end], oldest first
+    propensity, position        how likely the system that was logged was to show this item there, in (0, 1], and where
+                                that was, 1 at the top: both or neither
+    slate                       rows of one number were shown together, such as one page of results; else a row is alone
 
 A source's items may name their pictures, a path below `ingest.raw` or an http(s) URL each, in the column `image`.
 `ingest` copies what lies there, and the column ends with it: it is no attribute, and no later step looks outside of
@@ -48,10 +51,14 @@ ARRIVAL = "created_at"
 SPLIT = "split"
 REMEDY = "run `dvc repro ingest`, or give ingest.window_days more days"
 HISTORY = ("history_start", "history_end")
+PROPENSITY, POSITION, SLATE = "propensity", "position", "slate"
 IMAGE = "image"
 
 EVENTS = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", TIMESTAMP), ("label", pa.int8())])
-OPTIONAL = {ORACLE: pa.float32(), ARRIVAL: TIMESTAMP, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64())}
+LOGGED = {PROPENSITY: pa.float32(), POSITION: pa.int16(), SLATE: pa.int64()}  # what the logging system tells of a row
+OPTIONAL = {
+    ORACLE: pa.float32(), ARRIVAL: TIMESTAMP, SPLIT: pa.string(), **dict.fromkeys(HISTORY, pa.int64()), **LOGGED,
+}  # fmt: skip
 USERS = pa.schema([("user_id", pa.int64())])
 ITEMS = pa.schema(
     [

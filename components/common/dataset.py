@@ -1,7 +1,7 @@
 """The training set, as it lies on disk and in memory. `features/dataset.py` makes it; training and release read it.
 
-    rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle]
-                          and click_log, user_ids; integers as narrow as they fit
+    rows.safetensors      one entry a row, in time order: field.NAME, item, end, length, label, user, [oracle],
+                          [propensity, position, [slate]] and click_log, user_ids; integers as narrow as they fit
     encoder/              schema.json and catalog.safetensors: what every index means
     unseen.parquet        field, row, value: values of the test rows that are UNKNOWN here, and a champion may know
     dataset.json          row ranges of train, valid and test, their first days, hashes, counts

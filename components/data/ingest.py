@@ -34,6 +34,9 @@ from components.common.contracts import (
     ITEMS,
     OPTIONAL,
     ORACLE,
+    POSITION,
+    PROPENSITY,
+    SLATE,
     USERS,
     VECTORS,
     attributes,
@@ -153,6 +156,7 @@ def run(config: IngestConfig, output: Path, arrivals: Path | None = None) -> dic
         )
     if given:
         _require_histories(config, raw, events)
+    _require_whole_log(config, events)
     events, users, items = (trimmed(t, s) for t, s in ((events, EVENTS), (users, USERS), (items, ITEMS)))
     if window.until is not None and given:
         raise ValueError(f"ingest.until is {config.until!r}, but {config.source} has no times; set it to null")
@@ -337,6 +341,15 @@ def _require_histories(config: IngestConfig, raw: RawTables, events: pa.Table) -
     start, end = (events[name].to_numpy() for name in HISTORY)
     if not ((start >= 0) & (start <= end) & (end <= len(raw.histories))).all():
         raise ValueError(f"{config.source}: {HISTORY} leave [0, {len(raw.histories)}]; mend the source")
+
+
+def _require_whole_log(config: IngestConfig, events: pa.Table) -> None:
+    """Raises ValueError where the events have a part of what the logging system tells."""
+    there = [name for name in (PROPENSITY, POSITION, SLATE) if name in events.column_names]
+    if there and there[:2] != [PROPENSITY, POSITION]:
+        raise ValueError(
+            f"{config.source} events have {there}; give {PROPENSITY!r} and {POSITION!r} both, or leave all of these out"
+        )
 
 
 def _first(rows: pa.Table) -> dict[str, str]:

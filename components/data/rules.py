@@ -23,6 +23,7 @@ from great_expectations.expectations import Expectation
 from great_expectations.expectations.metadata_types import FailureSeverity
 from great_expectations.expectations.row_conditions import Column
 
+from components.common.contracts import LOGGED, POSITION, PROPENSITY
 from components.data.thresholds import ValidateConfig
 
 STOP, QUARANTINE, WARN = FailureSeverity.CRITICAL, FailureSeverity.WARNING, FailureSeverity.INFO
@@ -49,6 +50,9 @@ def event_rules(until: datetime | None, columns: Iterable[str]) -> list[Expectat
         is_true("item_exists", "no event is earlier than its item's created_at", WARN, mostly=0.999),
         is_true("happened_before_arrival", "no event happens after it arrived: the clocks agree", mostly=0.999),
         gxe.ExpectColumnValuesToBeBetween(column="true_probability", min_value=0, max_value=1),
+        *(gxe.ExpectColumnValuesToNotBeNull(column=c) for c in LOGGED),
+        gxe.ExpectColumnValuesToBeBetween(column=PROPENSITY, min_value=0, strict_min=True, max_value=1),
+        gxe.ExpectColumnValuesToBeBetween(column=POSITION, min_value=1),
     ]
     return [rule for rule in rules if rule.column in columns]
 

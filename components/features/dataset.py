@@ -25,6 +25,7 @@ from components.common.contracts import (
     EVENTS,
     HISTORY,
     ITEMS,
+    LOGGED,
     ORACLE,
     TIMESTAMP,
     Canonical,
@@ -39,6 +40,9 @@ from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature, Schema, s
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+# No features: events' column -> dataset's.
+LOGGED_COLUMNS = {ORACLE: "oracle"} | {name: name for name in LOGGED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +130,10 @@ def summary(facts: dict[str, Any]) -> dict[str, str]:
 
 
 class Joined(NamedTuple):
-    """Every impression with its features, in event order. `strings` and `integers` are the impression's fields."""
+    """Every impression with its features, in event order. `fields` are the impression's, `logged` are no features."""
 
     labels: np.ndarray
-    oracle: np.ndarray | None
+    logged: dict[str, np.ndarray]
     item_ids: np.ndarray
     user_ids: np.ndarray
     clicks_start: np.ndarray
@@ -198,7 +202,9 @@ def join(
         found[position >= 0] = matrix[position[position >= 0]]
     joined = Joined(
         labels=events["label"].to_numpy(),
-        oracle=events[ORACLE].to_numpy() if ORACLE in events.column_names else None,
+        logged={
+            column: events[name].to_numpy() for name, column in LOGGED_COLUMNS.items() if name in events.column_names
+        },
         item_ids=events["item_id"].to_numpy(),
         user_ids=events["user_id"].to_numpy(),
         clicks_start=start,
@@ -302,9 +308,7 @@ def encode(config: DatasetConfig, joined: Joined, encoder: Encoder, catalog: Cat
     columns["label"] = torch.from_numpy(joined.labels.copy())
     user_ids, user = np.unique(joined.user_ids, return_inverse=True)
     columns["user"], columns["user_ids"] = torch.from_numpy(user), torch.from_numpy(user_ids)
-    if joined.oracle is not None:
-        columns["oracle"] = torch.from_numpy(joined.oracle.copy())
-    return columns
+    return columns | {name: torch.from_numpy(values.copy()) for name, values in joined.logged.items()}
 
 
 def unseen(columns: dict[str, Tensor], fields: dict[str, pa.ChunkedArray], rows: tuple[int, int]) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor
 
 from components.common.artifacts import new_folder, write_json
 from components.common.champion import fetched_versions
+from components.common.contracts import POSITION, PROPENSITY, SLATE
 from components.common.dataset import UNSEEN, Dataset, encode_column
 from components.common.scoring import SCORE_BATCH, score
-from components.release import slices, statistics
+from components.release import policy, slices, statistics
 from components.release.measures import EvaluateConfig, calibration_curve, measure, roc_points
 from models.checkpoint import Checkpoint, checkpoint_hash, load
-from models.schema import SPECIAL, UNKNOWN, Batch
+from models.schema import SPECIAL, UNKNOWN, Batch, Feature
 
 COST_CANDIDATES = 100  # of the request whose cost is counted
 
@@ -29,6 +32,7 @@ def run(
 ) -> dict[str, Any]:
     """Write evaluation.json, metrics.json (its headline), predictions and valid.parquet, calibration and roc.csv.
 
+    `policy` is what the ranking would have earned (`policy.py`), where the rows tell their propensities.
     `references` holds the champion and the versions before it that `champion` fetched, on the same rows: its figures,
     and what is added by this model (`difference`, with standard error and interval).
 
@@ -45,19 +49,20 @@ def run(
             f"evaluate: the test days hold {int(labels.sum())} clicks in {len(labels)} rows; nothing to rank. "
             "Raise split.test_share or give more days"
         )
-    users = data.columns["user"][start:end].numpy()
+    users, unseen = data.columns["user"][start:end].numpy(), pq.read_table(dataset / UNSEEN)
     models = {"": predict(trained, data, (start, end))}
     references = []
     for current, folder in fetched_versions(champion):
         judge = load(folder)
         require_unseen(judge, current["version"], data)
-        models[current["version"]] = predict_translated(judge, data, pq.read_table(dataset / UNSEEN), (start, end))
+        models[current["version"]] = predict_translated(judge, data, unseen, (start, end))
         references.append((current, judge))
     drawn = statistics.bootstrap(
         labels, models, users, bins=config.calibration_bins, resamples=config.bootstrap, seed=config.seed,
         threads=torch.get_num_threads(),
     )  # fmt: skip
     masks = slices.masks(config.slices, data)
+    judges = {"": trained} | {current["version"]: judge for current, judge in references[:1]}
     test = figures(config, labels, models[""], users, drawn[""])
     if "oracle" in data.columns:
         oracle = data.columns["oracle"][start:end].numpy()
@@ -73,6 +78,7 @@ def run(
         "train_rows": trained.facts["train_rows"],
         "cost": cost(trained, data, (start, end)),
         "test": test,
+        "policy": off_policy(config, data, judges, models, unseen),
         "slices": {name: _slice(config, mask, labels, models[""], users) for name, mask in masks.items()},
         "references": [
             {
@@ -122,6 +128,11 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
     }
     if "oracle_auc" in test:
         lines["oracle"] = f"AUC {test['oracle_auc']:.4f}, the ceiling of any model"
+    if earned := found["policy"]:
+        lines["off-policy"] = (
+            f"{earned['value']:.4f} clicks a row, 95% interval {earned['low']:.4f} to {earned['high']:.4f}; "
+            f"{earned['logged']['value']:.4f} were logged, {earned['effective_rows']:,.0f} effective rows"
+        )
     for at, reference in enumerate(found["references"]):
         auc = reference["difference"]["auc"]
         lines[f"{'champion' if at == 0 else 'before'} {reference['version']}"] = (
@@ -178,6 +189,60 @@ def difference(
     return {"value": found.value, "se": found.se, "low": low, "high": high}
 
 
+def off_policy(
+    config: EvaluateConfig, data: Dataset, judges: dict[str, Checkpoint], scores: dict[str, np.ndarray],
+    unseen: pa.Table,
+) -> dict[str, Any] | None:  # fmt: skip
+    """What the rankings of the model ("") and of the champion would have earned on the test days: `policy.compared`.
+
+    None where the rows tell no propensity. The champion's scores are the outcome model of both, or else the model's.
+    """
+    if PROPENSITY not in data.columns:
+        return None
+    start, end = data.splits["test"]
+    rng = np.random.default_rng(config.seed)
+    logged = {name: data.columns[name][start:end].numpy() for name in (PROPENSITY, POSITION, SLATE) if name in
+              data.columns}  # fmt: skip
+    propensity = logged[PROPENSITY].astype(np.float64)
+    outcome = list(judges)[-1]
+    if SLATE in logged:
+        at = np.arange(end - start)
+        weighed = {
+            name: policy.reranked(
+                scores[name], scores[outcome], data.columns["label"][start:end].numpy(), propensity, logged[POSITION],
+                logged[SLATE],
+            )
+            for name in judges
+        }  # fmt: skip
+    else:
+        at = np.sort(rng.permutation(end - start)[: config.policy.rows])
+        shown = policy.evenly_drawn(
+            rng, data.columns["item"][start:end].numpy(), (len(at), policy.DRAWS * config.policy.candidates)
+        )
+        others = {
+            name: predict_shown(
+                judge, data, unseen, torch.from_numpy(start + at.repeat(shown.shape[1])),
+                torch.from_numpy(start + shown.ravel()),
+            ).reshape(shown.shape)
+            for name, judge in judges.items()
+        }  # fmt: skip
+        weighed = {
+            name: policy.best_of(
+                rng, config.policy.candidates, scores[name][at], others[name], scores[outcome][at], others[outcome],
+                propensity[at],
+            )
+            for name in judges
+        }  # fmt: skip
+    rows = slice(start, end)
+    oracle = data.columns["oracle"][rows].numpy()[at] if "oracle" in data.columns else None
+    found = policy.compared(
+        data.columns["label"][rows].numpy()[at], weighed, statistics.units_of(data.columns["user"][rows].numpy()[at]),
+        oracle, resamples=config.bootstrap, seed=config.seed,
+    )  # fmt: skip
+    return {"candidates": None if SLATE in logged else config.policy.candidates, "outcome_model": outcome or "its own",
+            **found}  # fmt: skip
+
+
 def cost(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> int:
     """Multiplications and additions of scoring one user's COST_CANDIDATES candidates: what serving pays."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -226,43 +291,67 @@ def predict_translated(champion: Checkpoint, data: Dataset, unseen: pa.Table, ro
 
     unseen  the values that today's vocabularies do not hold (`dataset.unseen`), of these rows at least
     """
+    row_B = torch.arange(*rows)
+    return predict_shown(champion, data, unseen, row_B, row_B)
+
+
+def predict_shown(
+    champion: Checkpoint, data: Dataset, unseen: pa.Table, row_B: Tensor, item_row_B: Tensor
+) -> np.ndarray:
+    """Click probabilities, float32, had each row shown the item of another row, with what is known of that item there.
+
+    row_B, item_row_B  int64, rows of `data`
+    """
+    batch_of = translated(champion, data, unseen)
+    log = champion.catalog.rows(data.catalog.item_ids_I)
+    log[:SPECIAL] = torch.arange(SPECIAL)
+    log = log[data.click_log.long()]
+    found = []
+    with torch.inference_mode():
+        for own, shown in zip(row_B.split(SCORE_BATCH), item_row_B.split(SCORE_BATCH), strict=True):
+            logit_B = champion.model(batch_of(own, shown), champion.catalog, log).logit_B
+            found.append(champion.calibration(logit_B))
+    return torch.cat(found).float().numpy()
+
+
+def translated(champion: Checkpoint, data: Dataset, unseen: pa.Table) -> Callable[[Tensor, Tensor], Batch]:
+    """(rows, rows whose items are shown) -> a batch under the champion's vocabularies and catalog."""
     item_of = champion.catalog.rows(data.catalog.item_ids_I)  # this catalog's rows -> the champion's
     item_of[:SPECIAL] = torch.arange(SPECIAL)
-    tables: list[tuple[str | None, torch.Tensor]] = []
+    tables: list[tuple[Feature, Tensor | None]] = []
     mine = {feature.name: feature for feature in data.schema.impression_fields}
     for feature in champion.encoder.schema.impression_fields:
         if feature.name not in mine:
-            tables.append((None, torch.zeros(1, dtype=torch.int64)))  # no longer collected: missing
+            tables.append((feature, None))  # no longer collected: missing
             continue
         vocab = mine[feature.name].vocab
         raw: Any = list(vocab) if vocab is not None else data.encoder.integers[feature.name].tolist()
         known = encode_column(champion.encoder, feature.name, pa.chunked_array([pa.array(raw, _type(vocab))]))
-        tables.append((feature.name, torch.cat([torch.tensor([0, UNKNOWN]), known])))
+        tables.append((feature, torch.cat([torch.tensor([0, UNKNOWN]), known])))
     known_to_them = {
-        name: (theirs["row"].to_numpy(), encode_column(champion.encoder, name, theirs["value"]))
-        for name, _ in tables
-        if name is not None and len(theirs := unseen.filter(pc.equal(unseen["field"], name)))
-    }
-    log = item_of[data.click_log.long()]
-    found = []
-    with torch.inference_mode():
-        for start in range(rows[0], rows[1], SCORE_BATCH):
-            part = slice(start, min(start + SCORE_BATCH, rows[1]))
-            batch = data.batch(part)
-            fields = []
-            for name, table in tables:
-                if name is None:
-                    fields.append(torch.zeros_like(batch.item_B))
-                    continue
-                fields.append(table[data.columns[f"field.{name}"][part].long()])
-                if name in known_to_them:
-                    row, index = known_to_them[name]
-                    first, last = np.searchsorted(row, [part.start, part.stop])
-                    fields[-1][row[first:last] - part.start] = index[first:last]
-            fields_BF = torch.stack(fields, 1) if fields else batch.item_B.new_zeros(len(batch.item_B), 0)
-            theirs = Batch(fields_BF, item_of[batch.item_B], batch.start_B, batch.end_B)
-            found.append(champion.calibration(champion.model(theirs, champion.catalog, log).logit_B))
-    return torch.cat(found).float().numpy()
+        feature.name: (torch.tensor(theirs["row"].to_numpy()), encode_column(champion.encoder, feature.name,
+                                                                             theirs["value"]))
+        for feature, table in tables
+        if table is not None and len(theirs := unseen.filter(pc.equal(unseen["field"], feature.name)))
+    }  # fmt: skip
+
+    def batch_of(own: Tensor, shown: Tensor) -> Batch:
+        batch, item_B = data.batch(own), item_of[data.columns["item"][shown].long()]
+        fields = []
+        for feature, table in tables:
+            if table is None:
+                fields.append(torch.zeros_like(item_B))
+                continue
+            at = shown if feature.origin == "item" else own
+            fields.append(table[data.columns[f"field.{feature.name}"][at].long()])
+            if feature.name in known_to_them:
+                row, index = known_to_them[feature.name]
+                place = torch.searchsorted(row, at).clamp(max=len(row) - 1)
+                fields[-1] = torch.where(row[place] == at, index[place], fields[-1])
+        fields_BF = torch.stack(fields, 1) if fields else item_B.new_zeros(len(item_B), 0)
+        return Batch(fields_BF, item_B, batch.start_B, batch.end_B)
+
+    return batch_of
 
 
 def _type(vocab: tuple[str, ...] | None) -> pa.DataType:

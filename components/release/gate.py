@@ -41,6 +41,8 @@ class GateConfig:
     max_gain         more than this above the champion is no gain but a leak of the label
     max_slice_loss   the most that a slice's AUC may lose against the champion, and the same for group AUC
     max_score_drift  population stability index between the champion's scores and these, on the same requests
+    max_policy_loss  clicks a row that the ranking may earn less than the champion's, by the off-policy view. Left out
+                     where the rows tell no propensity
     min_volume       training rows as a share of the champion's
 
     null leaves a rule out, and the decision says so. Use it for a figure that the data cannot give.
@@ -61,6 +63,7 @@ class GateConfig:
     max_gain: float | None
     max_slice_loss: float | None
     max_score_drift: float | None
+    max_policy_loss: float | None
     min_volume: float | None
 
     def __post_init__(self) -> None:
@@ -111,6 +114,8 @@ def run(
         "spread": {"value": spread, "nights": len(_refreshes(nights)[0]), "assumed": config.spread},
         "night": night(measured, candidates, data),
         "left_out": config.left_out,
+        "no_propensities": config.max_policy_loss is not None
+        and all(found.get("policy") is None for found in measured.values()),
     }
     decision["reasons"] = list(reasons(decision))
     write_json(output, decision)
@@ -241,6 +246,8 @@ def reasons(decision: dict[str, Any]) -> Iterator[str]:
     if decision["left_out"]:
         names = ", ".join(f"gate.{name}" for name in decision["left_out"])
         yield f"not judged, because they are null in params.yaml: {names}"
+    if decision["no_propensities"]:
+        yield "gate.max_policy_loss is not judged: the test rows have no propensities that can be used"
     for name, candidate in decision["candidates"].items():
         first = ", and it comes first by the valid days and by cost" if name == decision["model"] else ""
         yield f"{name}, {_KINDS[candidate['kind']]}, {_result(candidate)}{first}"

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
+from components.release.policy import PolicyConfig
 from components.release.slices import SlicesConfig
 
 ROC_POINTS = 200
@@ -26,12 +27,14 @@ class EvaluateConfig:
     bootstrap         resamples of users (of rows, where there is one user) behind each interval
     calibration_bins  equally filled bins of the predicted probability
     slices            what the test rows are cut by
+    policy            of the off-policy view
     """
 
     seed: int
     bootstrap: int
     calibration_bins: int
     slices: SlicesConfig
+    policy: PolicyConfig
 
     def __post_init__(self) -> None:
         for name in ("bootstrap", "calibration_bins"):

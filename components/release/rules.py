@@ -46,9 +46,19 @@ def guard_rails(config: GateConfig, metrics: dict[str, Any], champion: dict[str,
     yield at_most("auc_gain", gained["value"], config.max_gain, remedy="so large a gain is most likely a leak of the "
                   "label: look for a column that is written after the click")  # fmt: skip
     yield at_most("score_drift", champion["score_drift"], config.max_score_drift)
+    if metrics.get("policy") is not None:
+        yield earns_no_less(config.max_policy_loss, metrics["policy"]["difference"])
     share = None if not champion["train_rows"] else metrics["train_rows"] / champion["train_rows"]
     yield at_least("training_rows_ratio", share, config.min_volume)
     yield from slices(config, {"group AUC": champion["difference"]["group_auc"], **champion["slices"]})
+
+
+def earns_no_less(limit: float | None, found: dict[str, Any]) -> Rule:
+    """Fails where the off-policy view proves a loss of more than the limit: its whole interval lies beyond."""
+    loss, interval = -found["value"], [-found["high"], -found["low"]]
+    passed = limit is not None and interval[0] <= limit
+    why = f"{loss:+.4f} clicks a row less than the champion's ranking, from {interval[0]:+.4f} to {interval[1]:+.4f}"
+    return _rule("policy_loss", loss, interval, "lower end <=", limit, passed, why)
 
 
 def slices(config: GateConfig, differences: dict[str, dict[str, Any] | None]) -> Iterator[Rule]:

@@ -57,6 +57,7 @@ class RawRows:
     valid_from: str | None = "2026-01-09"
     test_from: str | None = "2026-01-10"
     ends: str | None = "2026-01-11"
+    propensity: np.ndarray | None = None
 
 
 def kind(item: int) -> str:
@@ -168,6 +169,9 @@ def write(folder: Path, raw: RawRows, encoder: Encoder, catalog: Catalog) -> Pat
         "user_ids": torch.from_numpy(users),
         "click_log": catalog.rows(torch.from_numpy(raw.click_items)).to(torch.int32),
     }
+    if raw.propensity is not None:
+        columns["propensity"] = torch.from_numpy(raw.propensity)
+        columns["position"] = torch.ones(len(raw.label), dtype=torch.uint8)
     save_encoder(folder / "encoder", encoder, catalog)
     save_file(columns, folder / "rows.safetensors")
     pq.write_table(unseen(columns, fields, raw.splits["test"]), folder / UNSEEN)

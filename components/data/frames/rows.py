@@ -11,7 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.common.contracts import ARRIVAL, EVENTS, ITEMS, ORACLE, USERS, Canonical, attributes
+from components.common.contracts import (
+    ARRIVAL,
+    EVENTS,
+    ITEMS,
+    LOGGED,
+    ORACLE,
+    PROPENSITY,
+    USERS,
+    Canonical,
+    attributes,
+)
 
 # A letter or a dash whose UTF-8 bytes were read as Latin-1 or Windows-1252, and the sign for unreadable bytes.
 MOJIBAKE = "[ÂÃ][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]|â[\u0080€][\u0080-\u00bf™œž“”˜¦¢]|\ufffd"
@@ -20,10 +30,10 @@ MOJIBAKE = "[ÂÃ][\u0080-\u00bfŒœŠšŸŽžƒˆ˜–—‘’‚“”„†�
 def event_frame(data: Canonical) -> pd.DataFrame:
     """One row an event, with columns that say whether its item, user, day and times are right."""
     events, items = data.events(), data.items()
-    own = [name for name in (*EVENTS.names, ORACLE) if name in events.column_names]
+    own = [name for name in (*EVENTS.names, ORACLE, *LOGGED) if name in events.column_names]
     frame = events.select(own).to_pandas()
-    if ORACLE in own:  # Great Expectations judges float32 one value at a time
-        frame[ORACLE] = frame[ORACLE].astype(np.float64)
+    for name in {ORACLE, PROPENSITY} & set(own):  # Great Expectations judges float32 one value at a time
+        frame[name] = frame[name].astype(np.float64)
     row = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks(), skip_nulls=True)
     created = items["created_at"].take(row.combine_chunks())
     frame["item_is_known"] = pc.is_valid(row).to_numpy()

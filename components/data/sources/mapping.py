@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from components.common.contracts import ARRIVAL, EVENTS, IMAGE, ITEMS, SPLIT, USERS
+from components.common.contracts import ARRIVAL, EVENTS, IMAGE, ITEMS, LOGGED, SPLIT, USERS
 from components.data.sources import values
 
 NAMES = {
-    "events": (*EVENTS.names, ARRIVAL, SPLIT),
+    "events": (*EVENTS.names, ARRIVAL, SPLIT, *LOGGED),
     "users": tuple(USERS.names),
     "items": (*ITEMS.names, IMAGE),
 }

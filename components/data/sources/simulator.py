@@ -3,7 +3,8 @@
     z_i     the topics of item i, on the unit sphere; text and image vectors are noisy linear views of it
     z_u(d)  the interests of user u on day d: a turn from one direction to the next, and so on, so that they drift
     logit P(click) = a_d + s·(z_u(d)·z_i) + quality_i + fashion_d·z_i + device
-    a candidate is drawn by popularity (a power law), half of the time within a topic that the user likes
+    an item is drawn by popularity (a power law), half of the time within a topic that the user likes
+    propensity: the probability of that draw. A row is shown alone, so its position is 1
 
 Day d follows from the seed and d alone: who arrives on a day is drawn by that day's own random numbers, lives for a
 known time, and is needed by no other day. So a window costs what it is wide, however far it lies, and two windows agree
@@ -23,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 
-from components.common.contracts import ARRIVAL, EVENTS, ORACLE, TIMESTAMP
+from components.common.contracts import ARRIVAL, EVENTS, ORACLE, POSITION, PROPENSITY, TIMESTAMP
 from components.data.sources import RawTables, Window
 from components.data.sources.simulator_draws import BEFORE, SECOND, Cohorts, delays, draw, intercept, sphere
 from components.data.sources.simulator_words import ADJECTIVES, FORMS, TOPICS
@@ -216,7 +217,7 @@ class World:
         is_here_U[user_B] = True
         here_B = (np.cumsum(is_here_U) - 1)[user_B]
         z_HK = self.interests(day, users.start + np.flatnonzero(is_here_U))
-        item_B = self._candidates(rng, z_HK, here_B, items)
+        item_B, propensity_B = self._shown(rng, z_HK, here_B, items)
         device_B = draw(rng, np.array(DEVICE_SHARE), n).astype(np.int8)
         z_IK = self.z_IK[items]
         affinity_B = np.einsum("bk,bk->b", z_HK[here_B], z_IK[item_B])
@@ -233,6 +234,8 @@ class World:
                 "timestamp": pa.array(time_B).cast(TIMESTAMP),
                 "label": (rng.random(n, dtype=np.float32) < probability_B).astype(np.int8),
                 ORACLE: probability_B,
+                PROPENSITY: propensity_B,
+                POSITION: np.ones(n, dtype=np.int16),
                 "device": pa.DictionaryArray.from_arrays(pa.array(device_B), pa.array(DEVICES)),
             }
         )
@@ -254,9 +257,12 @@ class World:
         table = table.set_column(table.column_names.index("label"), "label", pa.array(label_R))
         return table.append_column(ARRIVAL, pa.array(arrival_R).cast(TIMESTAMP))
 
-    def _candidates(self, rng: np.random.Generator, z_HK: np.ndarray, here_B: np.ndarray, items: slice) -> np.ndarray:
+    def _shown(
+        self, rng: np.random.Generator, z_HK: np.ndarray, here_B: np.ndarray, items: slice
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Half by popularity at large, half by popularity within a topic drawn from the user's interests: z_HK are
-        those of the day's users, here_B the row of each impression's. Returns positions among the day's items."""
+        those of the day's users, here_B the row of each impression's. Returns positions among the day's items, and the
+        probability of each of these draws, float32."""
         topics_I = self.topics_I[items]
         order_I = np.argsort(topics_I, kind="stable")
         cumulative_I = np.cumsum(self.weight_I[items][order_I])
@@ -273,7 +279,15 @@ class World:
         wide = bounds_K1[topic + 1] > bounds_K1[topic]
         high_B[topical[wide]] = bounds_K1[topic[wide] + 1]
         drawn_B = np.searchsorted(cumulative_I, low_B + rng.random(n) * (high_B - low_B), "right")
-        return order_I[np.minimum(drawn_B, len(order_I) - 1)]
+        drawn_B = np.minimum(drawn_B, len(order_I) - 1)
+        width_I, width_K = np.diff(cumulative_I, prepend=0), np.diff(bounds_K1)
+        share_HK = np.diff(taste_HK, axis=1, prepend=0)
+        at_large_I = width_I / cumulative_I[-1]
+        no_item_H = share_HK[:, width_K <= 0].sum(axis=1)
+        topic_B = topics_I[order_I[drawn_B]]
+        within_B = share_HK[here_B, topic_B] * width_I[drawn_B] / width_K[topic_B]
+        propensity_B = ((1 + no_item_H[here_B]) * at_large_I[drawn_B] + within_B) / 2
+        return order_I[drawn_B], propensity_B.astype(np.float32)
 
     def users(self) -> pa.Table:
         """user_id, age_group, region: who of the world is there on some of the days."""

@@ -85,6 +85,16 @@ def canonical(
             cases = " ".join(f"when {words} in {known} then '{part}'" for part, known in SPLITS.items())
             value = f"case {cases} end"
             return value, {f"none of {', '.join(SPLITS)}": f"{value} is null"}
+        case "propensity":
+            wrong = {"missing": f"{found} is null", "not above 0 and at most 1": f"not coalesce({number} > 0 and "
+                     f"{number} <= 1, false)"}  # fmt: skip
+            return f"try_cast({number} as float)", wrong
+        case "position" | "slate":
+            kind_of, least = ("smallint", 1) if ours == "position" else ("bigint", -(2**63))
+            value = f"try_cast({found} as {kind_of})"  # it rounds: 1.5 would be another place
+            wrong = {"missing": f"{found} is null", f"no whole number from {least} on": f"{value} is null or "
+                     f"{value} < {least} or {value} <> {number}"}  # fmt: skip
+            return value, wrong
         case "tags" if pa.types.is_nested(kind):
             return f"{found}::varchar[]", {}
     return f"{found}::varchar", {}

@@ -20,6 +20,7 @@ from components.common.artifacts import write_json
 from components.common.dataset import UNSEEN, Dataset
 from components.release import evaluate, slices, statistics
 from components.release.measures import EvaluateConfig
+from components.release.policy import PolicyConfig
 from components.release.slices import SlicesConfig
 from models.checkpoint import Checkpoint, checkpoint_hash, save
 from models.checkpoint import load as load_checkpoint
@@ -27,7 +28,9 @@ from models.families import build
 from models.schema import PADDING, UNKNOWN, Batch, schema_hash
 
 SLICES = SlicesConfig(history=[1, 5, 20], popularity=[0.5], columns=["hour"])
-CONFIG = EvaluateConfig(seed=1, bootstrap=40, calibration_bins=7, slices=SLICES)
+CONFIG = EvaluateConfig(
+    seed=1, bootstrap=40, calibration_bins=7, slices=SLICES, policy=PolicyConfig(rows=200, candidates=3)
+)
 NO_CHAMPION = {"version": None}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -335,3 +338,65 @@ def test_a_pointer_that_is_no_pointer_is_refused(dataset, checkpoint, champion, 
         (champion / "champion.json").unlink() if content is None else (champion / "champion.json").write_text(content)
         with pytest.raises(ValueError, match=r"champion\.json: .*run `git checkout champion\.json`"):
             evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "out")
+
+
+# ---- the off-policy view ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory, raw, write_dataset) -> Path:
+    """The dataset of a log that tells its propensities: it shows half of the items more often."""
+    propensity = np.where(raw.item % 2, 0.03, 0.01).astype(np.float32)
+    return write_dataset(tmp_path_factory.mktemp("told") / "dataset", replace(raw, propensity=propensity))
+
+
+def test_without_propensities_there_is_no_off_policy_view(dataset, checkpoint, champion, tmp_path) -> None:
+    found = evaluate.run(CONFIG, "qin", checkpoint, dataset, champion, tmp_path / "qin")
+    assert found["policy"] is None and "off-policy" not in evaluate.summary(found)
+
+
+def test_the_off_policy_view_is_beside_the_champion_on_the_same_rows(told, save_model, tmp_path) -> None:
+    data = Dataset.open(told)
+    mine = save_model(tmp_path / "mine", data.encoder, data.catalog, data.facts["data_sha256"])
+    folder = tmp_path / "champion"
+    save_model(folder / "checkpoint", data.encoder, data.catalog, "another day's")
+    write_json(folder / "champion.json", {"version": "v0.0.1", "judged_sha256": checkpoint_hash(folder / "checkpoint")})
+    found = evaluate.run(CONFIG, "qin", mine, told, folder, tmp_path / "qin")
+    earned = found["policy"]
+    assert earned["rows"] == 200 and earned["candidates"] == 3 and earned["outcome_model"] == "v0.0.1"
+    assert earned["low"] < earned["value"] < earned["high"]
+    assert 10 < earned["effective_rows"] < 200
+    for name in ("value", "low", "high", "effective_rows"):  # one model: the champion's ranking is this one's
+        assert earned["champion"][name] == pytest.approx(earned[name], abs=0.02 * abs(earned[name]) + 0.02)
+    difference = earned["difference"]
+    assert difference["low"] <= 0 <= difference["high"] and abs(difference["value"]) < 0.02
+    again = evaluate.run(CONFIG, "qin", mine, told, folder, tmp_path / "again")
+    assert again == found
+    assert f"{earned['value']:.4f} clicks a row" in evaluate.summary(found)["off-policy"]
+
+
+def test_without_a_champion_the_outcome_model_is_its_own(told, save_model, champion, tmp_path) -> None:
+    data = Dataset.open(told)
+    mine = save_model(tmp_path / "mine", data.encoder, data.catalog, data.facts["data_sha256"])
+    earned = evaluate.run(CONFIG, "qin", mine, told, champion, tmp_path / "qin")["policy"]
+    assert earned["outcome_model"] == "its own" and earned["champion"] is None and earned["difference"] is None
+
+
+def test_a_shown_item_brings_what_is_known_of_it(data, unseen, checkpoint) -> None:
+    """The row's user, context and history; the other row's item and, with it, its features of the moment."""
+    model = load_checkpoint(checkpoint)
+    fields = [f if f.name != "hour" else replace(f, origin="item") for f in model.encoder.schema.features]
+    schema = replace(model.encoder.schema, features=tuple(fields))
+    model = replace(model, encoder=replace(model.encoder, schema=schema))
+    start, end = data.splits["test"]
+    own, shown = torch.arange(start, end), torch.arange(start, end).flip(0)
+    mine, other = data.batch(own), data.batch(shown)
+    names = [feature.name for feature in schema.impression_fields]
+    fields_BF = mine.fields_BF.clone()
+    fields_BF[:, names.index("hour")] = other.fields_BF[:, names.index("hour")]
+    batch = Batch(fields_BF, other.item_B, mine.start_B, mine.end_B)
+    with torch.inference_mode():
+        expected = model.calibration(model.model(batch, data.catalog, data.click_log).logit_B)
+    found = evaluate.predict_shown(model, data, unseen, own, shown)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+    assert not np.allclose(found, evaluate.predict(model, data, (start, end)), atol=1e-3)

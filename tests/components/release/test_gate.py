@@ -20,7 +20,7 @@ from models.checkpoint import checkpoint_hash
 CONFIG = GateConfig(
     min_auc=0.6, min_group_auc=0.55, min_test_rows=1000, max_calibration_error=0.05, max_logloss_ratio=1.0,
     max_calibration_shift=0.2, calibration_slope=(0.8, 1.25), margin="auto", gain=0.002, alpha=0.05, spread=0.0005,
-    look_back=30, max_gain=0.03, max_slice_loss=0.02, max_score_drift=0.25, min_volume=0.5,
+    look_back=30, max_gain=0.03, max_slice_loss=0.02, max_score_drift=0.25, max_policy_loss=0.01, min_volume=0.5,
 )  # fmt: skip
 POINTER = {"name": "ctr-ranker", "version": "v0.0.3", "model": "qin", "judged_sha256": "c" * 64}
 SE = 0.0003

@@ -9,10 +9,15 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from components.release.measures import EvaluateConfig, calibration_curve, group_auc, measure
+from components.release.policy import PolicyConfig
 from components.release.slices import SlicesConfig
 
 CONFIG = EvaluateConfig(
-    seed=1, bootstrap=40, calibration_bins=7, slices=SlicesConfig(history=[1], popularity=[], columns=[])
+    seed=1,
+    bootstrap=40,
+    calibration_bins=7,
+    slices=SlicesConfig(history=[1], popularity=[], columns=[]),
+    policy=PolicyConfig(rows=10, candidates=2),
 )
 
 
