@@ -70,8 +70,8 @@ def measured_spread(differences: Sequence[float], ses: Sequence[float], assumed:
     n = len(differences)
     if n < 2:
         return assumed
-    beyond = np.var(differences, ddof=1) - float(np.mean(np.square(ses)))
-    measured = max(0.0, beyond / 2)
+    beyond = float(np.var(differences, ddof=1)) - float(np.mean(np.square(ses)))
+    measured = max(0.0, beyond) / 2
     return float(np.sqrt((NIGHTS * assumed**2 + n * measured) / (NIGHTS + n)))
 
 
