@@ -13,7 +13,7 @@ class ScheduleConfig:
     """daily, hourly   cron expressions in UTC, of ctr_daily and feature_refresh
     poll_minutes    between two looks for the raw files of a day
     answer_hours    for a person to approve, where run.promote is ask; after that, the model is not promoted
-    deadline_hours  a run that is not done this long after its start is told to the webhook
+    deadline_hours  if a run is not done this long after its start, the webhook gets a message
     """
 
     daily: str

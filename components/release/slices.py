@@ -55,11 +55,11 @@ def masks(config: SlicesConfig, data: Dataset) -> dict[str, np.ndarray]:
 
 
 def _histories(edges: list[int], length_B: Tensor) -> Iterator[tuple[str, Tensor]]:
-    for low, high in pairwise([0, *edges, None]):
-        name = (
-            f"history {low}" if high == low + 1 else f"history {low}+" if high is None else f"history {low}-{high - 1}"
-        )
-        yield name, (length_B >= low) & (length_B < (high or 2**31))
+    for low, high in pairwise([0, *edges]):
+        name = f"history {low}" if high == low + 1 else f"history {low}-{high - 1}"
+        yield name, (length_B >= low) & (length_B < high)
+    last = edges[-1] if edges else 0
+    yield f"history {last}+", length_B >= last
 
 
 def _popularity(edges: list[float], views_I: Tensor, item_B: Tensor) -> Iterator[tuple[str, Tensor]]:

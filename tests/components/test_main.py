@@ -92,7 +92,8 @@ def test_help_of_a_command_explains_each_option(name, capsys) -> None:
             continue
         assert parameter.help, f"{name} {parameter.name} has no help"
         assert words(parameter.help)[:40] in said
-        assert (parameter.opts[0] if parameter.opts[0].startswith("--") else parameter.name) in said
+        shown = parameter.opts[0] if parameter.opts[0].startswith("--") else parameter.metavar or parameter.name
+        assert words(shown) in said
 
 
 def test_each_option_that_dvc_gives_is_taken() -> None:

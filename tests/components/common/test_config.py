@@ -10,17 +10,21 @@ import pytest
 import yaml
 
 from components.common.config import load, section
+from components.common.schedule import ScheduleConfig
 from components.common.splits import SplitConfig
 from components.data.ingest import IngestConfig
 from components.data.validate import ValidateConfig
 from components.features.dataset import DatasetConfig
 from components.features.embed import EmbedConfig
+from components.features.publish import PublishConfig
 from components.features.views import FeaturesConfig
+from components.operations.day import RunConfig
 from components.release.evaluate import EvaluateConfig
 from components.release.gate import GateConfig
 from components.release.package import PackageConfig
 from components.release.smoke import SmokeConfig
 from components.training.config import TrainConfig
+from components.training.refit import RefitConfig
 from components.training.start import StartConfig
 from tests.components.small_world import PROJECT
 
@@ -35,8 +39,12 @@ SECTIONS = {
     **{f"train.{model}": TrainConfig for model in ("qin", "sdcnv3")},
     "evaluate": EvaluateConfig,
     "gate": GateConfig,
+    "refit": RefitConfig,
     "package": PackageConfig,
     "smoke": SmokeConfig,
+    "publish": PublishConfig,
+    "run": RunConfig,
+    "schedule": ScheduleConfig,
 }
 Edit = Callable[[dict], object]
 

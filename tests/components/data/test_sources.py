@@ -453,7 +453,7 @@ def test_movielens(packed: bool, movielens: Callable[..., Path]) -> None:
         978300760, 978300760, 978300762, 978387162,
     ]  # fmt: skip
     assert data.days() == ["2000-12-31", "2001-01-01"]
-    assert facts["rows"] == {"read": 6, "later": 0, "written": 4, "left_out": {"rating of 3": 2}}
+    assert facts["rows"] == {"read": 6, "later": 0, "outside": 0, "written": 4, "left_out": {"rating of 3": 2}}
     aside = pq.read_table(data.root / "quarantine" / "0-rating-of-3.parquet").to_pylist()
     assert [(row["user_id"], row["item_id"], row["rating"]) for row in aside] == [(1, 10, 3), (4, 20, 3)]
     assert facts["label_rate"] == 0.5

@@ -311,11 +311,11 @@ def test_an_item_that_is_newer_than_all_events_has_its_vector_and_one_from_after
     newest = pc.max(events["timestamp"])
     new = pc.greater(items["created_at"], newest).to_numpy()
     assert new.sum() == 1
-    _, vectors = dataset.join(events, items, folders.repo)
+    _, vectors = dataset.join(events, items, folders.features, folders.repo)
     assert vectors[new].any()
     created = items["created_at"].filter(pa.array(new))[0].as_py()
     for until, known in ((created, False), (created + timedelta(microseconds=1), True)):
-        _, vectors = dataset.join(events, items, folders.repo, until.isoformat())
+        _, vectors = dataset.join(events, items, folders.features, folders.repo, until.isoformat())
         assert vectors[new].any() == known
         assert vectors[~new].any()
 
@@ -323,7 +323,7 @@ def test_an_item_that_is_newer_than_all_events_has_its_vector_and_one_from_after
 def test_vocabularies_know_training_rows_only(data: Dataset, folders: Folders, training: list[Row]) -> None:
     """Values that only later rows hold, however often, get no index; the schema stays what it was."""
     canonical = Canonical(folders.canonical)
-    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.repo)
+    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.features, folders.repo)
     device = found.fields["device"].to_pylist()
     device[len(training) :] = ["new"] * (len(device) - len(training))
     changed = found._replace(fields=found.fields | {"device": pa.chunked_array([device])})
@@ -338,7 +338,7 @@ def test_vocabularies_know_training_rows_only(data: Dataset, folders: Folders, t
 @pytest.mark.parametrize("min_count", [1, 2, 50])
 def test_min_count(min_count: int, data: Dataset, folders: Folders, training: list[Row]) -> None:
     canonical = Canonical(folders.canonical)
-    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.repo)
+    found, vectors = dataset.join(canonical.events(), canonical.items(), folders.features, folders.repo)
     config = replace(CONFIG, min_count=min_count)
     encoder, _ = dataset.fit(config, found, len(training), canonical, vectors, "v")
     counts = Counter(r.user for r in training)

@@ -31,7 +31,8 @@ RELIED_ON: dict[tuple[str, str], tuple[str, ...]] = {
     ("feast.infra.online_stores.helpers", "_redis_key_prefix"): ("entity_keys",),
     ("feast.infra.key_encoding_utils", "serialize_entity_key"): ("entity_key", "entity_key_serialization_version"),
     ("feast.repo_operations", "parse_repo"): ("repo_root",),
-    # bento/store.py
+    # bento/store.py: the connection of a store that is not served any more is closed
+    ("feast.infra.online_stores.sqlite", "SqliteOnlineStore._get_conn"): ("self", "config"),
     ("feast.repo_config", "load_repo_config"): ("repo_path", "fs_yaml_file"),
     # feature_repo/asof.py: reading files as Feast's DuckDB store does, and its retrieval job
     ("feast.infra.offline_stores.duckdb", "_read_data_source"): ("data_source", "repo_path"),
