@@ -34,8 +34,7 @@ def event_frame(data: Canonical) -> pd.DataFrame:
     own = [name for name in (*EVENTS.names, ORACLE, *LOGGED) if name in events.column_names]
     frame = events.select(own).to_pandas()
     # Great Expectations judges types that it does not know one value at a time.
-    wide = {ORACLE: np.float64, PROPENSITY: np.float64, POSITION: np.int64}
-    frame = frame.astype({name: kind for name, kind in wide.items() if name in own})
+    frame = frame.astype({name: np.float64 for name in (ORACLE, PROPENSITY, POSITION) if name in own})
     row = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks(), skip_nulls=True)
     created = items["created_at"].take(row.combine_chunks())
     frame["item_is_known"] = pc.is_valid(row).to_numpy()
