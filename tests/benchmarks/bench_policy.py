@@ -105,10 +105,10 @@ def main() -> None:
         value, low, high, truth = np.array([one[1:] for one in found]).T
         name = found[0][0]
         if name == "policy_effective_rows":
-            print(json.dumps({"metric": name, "value": round(float(value.mean())), "of": int(truth[0])}))
+            print(json.dumps({"name": name, "value": round(float(value.mean())), "of": int(truth[0])}))
             continue
         told = {
-            "metric": name,
+            "name": name,
             "value": round(float(np.sqrt(np.mean((value - truth) ** 2))), 5),
             "unit": "root mean squared error, clicks a row",
             "bias": round(float((value - truth).mean()), 5),
