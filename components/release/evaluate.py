@@ -195,7 +195,8 @@ def off_policy(
 ) -> dict[str, Any] | None:  # fmt: skip
     """What the rankings of the model ("") and of the champion would have earned on the test days: `policy.compared`.
 
-    None where the rows tell no propensity, or none of them could be shown. The champion's scores are the outcome model of both, or else the model's.
+    None where the rows tell no propensity, or none of them could be shown. The champion's scores are the outcome model
+    of both, or else the model's.
     """
     if PROPENSITY not in data.columns:
         return None
