@@ -195,7 +195,8 @@ def off_policy(
 ) -> dict[str, Any] | None:  # fmt: skip
     """What the rankings of the model ("") and of the champion would have earned on the test days: `policy.compared`.
 
-    None where the rows tell no propensity. The champion's scores are the outcome model of both, or else the model's.
+    None where the rows tell no propensity, or none of them could be shown. The champion's scores are the outcome model
+    of both, or else the model's.
     """
     if PROPENSITY not in data.columns:
         return None
@@ -239,8 +240,10 @@ def off_policy(
         data.columns["label"][rows].numpy()[at], weighed, statistics.units_of(data.columns["user"][rows].numpy()[at]),
         oracle, resamples=config.bootstrap, seed=config.seed,
     )  # fmt: skip
-    return {"candidates": None if SLATE in logged else config.policy.candidates, "outcome_model": outcome or "its own",
-            **found}  # fmt: skip
+    if found is None:
+        return None
+    candidates = None if SLATE in logged else config.policy.candidates
+    return {"candidates": candidates, "outcome_model": outcome or "its own", **found}
 
 
 def cost(trained: Checkpoint, data: Dataset, rows: tuple[int, int]) -> int:

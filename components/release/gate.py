@@ -114,8 +114,9 @@ def run(
         "spread": {"value": spread, "nights": len(_refreshes(nights)[0]), "assumed": config.spread},
         "night": night(measured, candidates, data),
         "left_out": config.left_out,
-        "no_propensities": config.max_policy_loss is not None
-        and all(found.get("policy") is None for found in measured.values()),
+        "no_propensities": current is not None
+        and config.max_policy_loss is not None
+        and all(found["policy"] is None for found in measured.values()),
     }
     decision["reasons"] = list(reasons(decision))
     write_json(output, decision)
@@ -246,11 +247,11 @@ def reasons(decision: dict[str, Any]) -> Iterator[str]:
     if decision["left_out"]:
         names = ", ".join(f"gate.{name}" for name in decision["left_out"])
         yield f"not judged, because they are null in params.yaml: {names}"
-    if decision["no_propensities"]:
-        yield "gate.max_policy_loss is not judged: the test rows have no propensities that can be used"
     for name, candidate in decision["candidates"].items():
         first = ", and it comes first by the valid days and by cost" if name == decision["model"] else ""
         yield f"{name}, {_KINDS[candidate['kind']]}, {_result(candidate)}{first}"
+    if decision["no_propensities"]:
+        yield "gate.max_policy_loss is not judged: the test rows have no propensities that can be used"
 
 
 _KINDS = {"first": "the first of its kind", "refresh": "a refresh", "change": "a change"}

@@ -46,7 +46,7 @@ def guard_rails(config: GateConfig, metrics: dict[str, Any], champion: dict[str,
     yield at_most("auc_gain", gained["value"], config.max_gain, remedy="so large a gain is most likely a leak of the "
                   "label: look for a column that is written after the click")  # fmt: skip
     yield at_most("score_drift", champion["score_drift"], config.max_score_drift)
-    if metrics.get("policy") is not None:
+    if metrics["policy"] is not None:
         yield earns_no_less(config.max_policy_loss, metrics["policy"]["difference"])
     share = None if not champion["train_rows"] else metrics["train_rows"] / champion["train_rows"]
     yield at_least("training_rows_ratio", share, config.min_volume)

@@ -375,6 +375,7 @@ def measured(pool: Pool, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]
     return {
         "configuration": "c", "checkpoint_sha256": "", "data_sha256": "", "schema_hash": "", "train_rows": 1,
         "test": evaluate.figures(config, pool.labels, models[""], pool.users, drawn[""]),
+        "policy": None,
         "references": [{
             "version": "champion", "configuration": "c", "train_rows": 1, "difference": differences,
             "newest": differences["auc"], "score_drift": statistics.drift(models["champion"], models[""]),

@@ -17,6 +17,7 @@ from components.common.contracts import (
     ITEMS,
     LOGGED,
     ORACLE,
+    POSITION,
     PROPENSITY,
     USERS,
     Canonical,
@@ -32,8 +33,8 @@ def event_frame(data: Canonical) -> pd.DataFrame:
     events, items = data.events(), data.items()
     own = [name for name in (*EVENTS.names, ORACLE, *LOGGED) if name in events.column_names]
     frame = events.select(own).to_pandas()
-    for name in {ORACLE, PROPENSITY} & set(own):  # Great Expectations judges float32 one value at a time
-        frame[name] = frame[name].astype(np.float64)
+    # Great Expectations judges types that it does not know one value at a time.
+    frame = frame.astype({name: np.float64 for name in (ORACLE, PROPENSITY, POSITION) if name in own})
     row = pc.index_in(events["item_id"], value_set=items["item_id"].combine_chunks(), skip_nulls=True)
     created = items["created_at"].take(row.combine_chunks())
     frame["item_is_known"] = pc.is_valid(row).to_numpy()

@@ -161,6 +161,19 @@ BAD: dict[str, tuple[Callable[[RawTables], RawTables], str]] = {
         lambda raw: with_pointers(raw, 1, 4, [5, 6, 7]),
         r"planted: \('history_start', 'history_end'\) leave \[0, 3\]",
     ),
+    "a position without a propensity": (
+        lambda raw: replace(raw, events=raw.events.drop_columns("propensity")),
+        r"planted events have \['position'\]; give 'propensity' and 'position' both",
+    ),
+    "a slate without both": (
+        lambda raw: replace(
+            raw,
+            events=raw.events.drop_columns(["propensity", "position"]).append_column(
+                "slate", pa.array(range(len(raw.events)))
+            ),
+        ),
+        r"planted events have \['slate'\]; give 'propensity' and 'position' both",
+    ),
     "number as an attribute": (
         lambda raw: replace(raw, users=raw.users.append_column("age", pa.array(range(len(raw.users))))),
         "planted users: extra column 'age' is int64; it must be string",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from components.common.artifacts import folder_hash
 from components.common.config import load
-from components.common.contracts import ARRIVAL, ORACLE, Canonical
+from components.common.contracts import ARRIVAL, ORACLE, POSITION, PROPENSITY, Canonical
 from components.data import ingest, sources
 from components.data.revisions import versions
 from components.data.sources import Window
@@ -94,6 +95,37 @@ def test_a_seed_decides_every_byte(tmp_path: Path) -> None:
         assert not table["vector"].equals(other.modalities()[name]["vector"]), name
     assert not one.items()["title"].equals(other.items()["title"])
     assert not one.users()["region"].equals(other.users()["region"])
+
+
+def test_the_propensity_is_the_probability_of_the_draw(world: World) -> None:
+    """By hand, item by item. And rows weighed by 1 / propensity show each item, and each topic, as often."""
+    day, rows = FIRST + 3, world.day(FIRST + 3).to_pandas()
+    there, of_topic = world.items_of(day), world.topics_I[world.items_of(day)]
+    weight_I, found = world.weight_I[there], rows[PROPENSITY].to_numpy().astype(np.float64)
+    assert (found > 0).all() and (found <= 1).all() and (rows[POSITION] == 1).all()
+    users, items = users_of(world, rows), items_of(world, rows)
+    for at in range(0, len(rows), 200):
+        z_K = world.interests(day, np.array([users[at]]))[0].astype(np.float64)
+        taste_K = np.clip(z_K, 0, None) ** 2 + 1e-3
+        taste_K /= taste_K.sum()
+        p_I = weight_I / weight_I.sum() / 2
+        for topic in range(len(TOPICS)):
+            own = of_topic == topic
+            p_I += taste_K[topic] / 2 * (weight_I * own / weight_I[own].sum() if own.any() else 2 * p_I)
+        assert p_I.sum() == pytest.approx(1, abs=1e-6)
+        assert found[at] == pytest.approx(p_I[items[at] - there.start], rel=1e-4)
+    assert (1 / found).mean() == pytest.approx(BIG.items, rel=0.03)
+    topic_share = np.bincount(world.topics_I[items], 1 / found, len(TOPICS)) / (1 / found).sum()
+    np.testing.assert_allclose(topic_share, np.bincount(of_topic, minlength=len(TOPICS)) / BIG.items, atol=0.012)
+
+
+def test_the_propensity_has_changed_no_draw() -> None:
+    """The hash of whole numbers and labels of a small world, as it was before rows told their propensity."""
+    table = World(replace(SIMULATOR, late_share=0.1, corrected_share=0.05), range(FIRST, FIRST + 1)).day(FIRST)
+    known = hashlib.sha256()
+    for name in ("user_id", "item_id", "timestamp", "label", ARRIVAL):
+        known.update(table[name].cast(pa.int64()).to_numpy().tobytes())
+    assert known.hexdigest() == "adcdbbd78a2f2d1019702fa11afa31885137228ac07487d3c68c72295a2a4b01"
 
 
 LIVELY = replace(SIMULATOR, late_share=0.1, corrected_share=0.05)

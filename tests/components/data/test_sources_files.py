@@ -21,7 +21,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pyarrow import csv
 
-from components.common.contracts import Canonical
+from components.common.contracts import EVENTS as SCHEMA
+from components.common.contracts import Canonical, attributes
 from components.common.dataset import UNSEEN, Dataset
 from components.common.splits import SplitConfig, split_rows
 from components.data import ingest, validate
@@ -484,6 +485,29 @@ def test_usual_words_for_the_parts_are_taken_and_counted(ingested: Any) -> None:
     rows = table().append_column("fold", pa.array(["train", "valid", "holdout"] * 2))
     with pytest.raises(ValueError, match=r"fold is none of train, valid, test: 2, e\.g\. .*holdout"):
         ingested({"events/a.csv": as_csv(rows)}, mapped(replace(EVENTS, columns=columns)))
+
+
+def test_what_the_logging_system_tells_is_read_and_is_no_feature(ingested: Any) -> None:
+    told = {"propensity": [0.5, 1, 0.25, 0.125, 0.5, 0.5], "rank": [1, 2, 3, 1, 2, 3], "slate": [7, 7, 7, 2**40, 2, 2]}
+    rows = table()
+    for name, given in told.items():
+        rows = rows.append_column(name, pa.array(given))
+    config = mapped(replace(EVENTS, columns=EVENTS.columns | {"position": "rank"}))
+    _, data = ingested({"events/a.csv": as_csv(rows)}, config)
+    events = data.events().sort_by("slate")
+    assert events["slate"].to_pylist() == [2, 2, 7, 7, 7, 2**40]
+    assert sorted(events["propensity"].to_pylist()) == sorted(told["propensity"])
+    assert events.schema.field("position").type == pa.int16() and not {*told, "position"} & {
+        *attributes(events, SCHEMA)
+    }
+    for name, wrong, said in (
+        ("propensity", 0, "propensity is not above 0 and at most 1: 1"), ("rank", 0, "rank is no whole number from 1"),
+        ("rank", 1.5, "rank is no whole number from 1"), ("slate", "x", "slate is no whole number"),
+    ):  # fmt: skip
+        texts = pa.array([str(wrong), *map(str, told[name][1:])])
+        spoiled = rows.set_column(rows.column_names.index(name), name, texts)
+        with pytest.raises(ValueError, match=said):
+            ingested({"events/a.csv": as_csv(spoiled)}, config)
 
 
 def test_a_list_of_paths(ingested: Any) -> None:

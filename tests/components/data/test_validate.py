@@ -161,6 +161,8 @@ def cells(planter: Callable[[], Planter]) -> Judged:
     )
     planted.day("2024-03-02", put("label", {0: 2, 1: -1, 5: 3, 6: 4}))
     planted.day("2024-03-03", put("item_id", {2: 4_242}))
+    planted.day("2024-03-03", put("propensity", {0: 0.0, 1: 1.5, 4: -0.1}))
+    planted.day("2024-03-03", put("position", {5: 0}))
     planted.day("2024-03-04", put("user_id", {3: 9_999}))
     planted.edit("items.parquet", lambda t: pa.concat_tables([t, t.slice(10, 1)]))
     moved = pq.read_table(planted.root / "events/day=2024-03-05/part-0.parquet", partitioning=None).slice(0, 1)
@@ -174,6 +176,8 @@ def test_each_spoiled_cell_is_found_and_nothing_else(cells: Judged) -> None:
         "modality text.non_finite_values: column_values_to_be_between",
         "modality image.non_finite_values: column_values_to_be_between",
         "events.label: column_values_to_be_in_set",
+        "events.propensity: column_values_to_be_between",
+        "events.position: column_values_to_be_between",
         "events.item_is_known: column_values_to_be_in_set",
         "events.user_is_known: column_values_to_be_in_set",
         "events.is_in_its_day: column_values_to_be_in_set",
@@ -188,6 +192,8 @@ def test_each_spoiled_cell_is_found_and_nothing_else(cells: Judged) -> None:
         ("modality image", "non_finite_values", 2,
          [{"row": 7, "non_finite_values": 1}, {"row": 9, "non_finite_values": 4}]),
         ("events", "label", 4, [{"row": 400, "label": 2}, {"row": 401, "label": -1}, {"row": 405, "label": 3}]),
+        ("events", "propensity", 3, [{"row": 800, "propensity": 0.0}, {"row": 801, "propensity": 1.5}, {"row": 804}]),
+        ("events", "position", 1, [{"row": 805, "position": 0}]),
         ("events", "item_is_known", 1, [{"row": 802, "item_id": 4_242}]),
         ("events", "user_is_known", 1, [{"row": 1203, "user_id": 9_999}]),
         ("events", "is_in_its_day", 1, [{"row": 2400}]),
@@ -206,7 +212,7 @@ def test_a_spoiled_cell_is_shown(table: str, column: str, rows: int, shows: list
 
 
 def test_the_error_says_where_to_look(cells: Judged) -> None:
-    assert f"breaks 7 rule(s); Data Docs: {cells.docs}/index.html" in cells.error
+    assert f"breaks 9 rule(s); Data Docs: {cells.docs}/index.html" in cells.error
     assert "Failed" in (cells.docs / "index.html").read_text()
     assert "every event's item_id is in items" in cells.error  # in words too
 
@@ -612,7 +618,7 @@ def test_events_are_judged_column_by_column(clean: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(pd.Series, "map", one_by_one)
     verdicts = validate.judge({"events": tables["events"]}, tmp_path / "docs")
-    assert "true_probability" in {verdict["column"] for verdict in verdicts}
+    assert {"true_probability", "propensity", "position"} < {verdict["column"] for verdict in verdicts}
     assert all(verdict["passed"] for verdict in verdicts)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from components.common.artifacts import folder_hash, write_json
-from components.common.contracts import ARRIVAL, ORACLE, TIMESTAMP, Canonical
+from components.common.contracts import ARRIVAL, LOGGED, ORACLE, POSITION, PROPENSITY, SLATE, TIMESTAMP, Canonical
 from components.common.dataset import Dataset, narrow, popularity_level
 from components.common.splits import SplitConfig, rows_by_day, split_days
 from components.data.sources import RawTables
@@ -48,7 +48,12 @@ LAG = FEATURES.availability_lag_seconds
 
 def with_oracle(raw: RawTables) -> RawTables:
     share = np.random.default_rng(5).random(len(raw.events), dtype=np.float32)
-    return replace(raw, events=raw.events.append_column(ORACLE, pa.array(share)))
+    place = np.arange(len(raw.events)) % 3 + 1
+    told = {ORACLE: share, PROPENSITY: 1 - share, POSITION: place.astype(np.int16), SLATE: -place // 3}
+    events = raw.events
+    for name, values in told.items():
+        events = events.append_column(name, pa.array(values))
+    return replace(raw, events=events)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +106,8 @@ def test_rows_in_are_rows_out_in_their_order(data: Dataset, rows: list[Row], fol
     assert data.columns["label"].tolist() == [r.label for r in rows]
     assert data.user_ids(slice(None)).tolist() == [r.user for r in rows]
     assert data.catalog.item_ids_I[data.columns["item"].long()].tolist() == [r.item for r in rows]
-    oracle = Canonical(folders.canonical).events()[ORACLE].to_numpy()
-    assert np.array_equal(data.columns["oracle"].numpy(), oracle)
+    for column, name in {"oracle": ORACLE, **{name: name for name in LOGGED}}.items():
+        assert np.array_equal(data.columns[column].numpy(), Canonical(folders.canonical).events()[name].to_numpy())
 
 
 def test_a_history_is_what_was_clicked_and_known_before(data: Dataset, rows: list[Row]) -> None:
@@ -140,7 +145,7 @@ def test_profile_and_context(data: Dataset, rows: list[Row], training: list[Row]
     }  # fmt: skip
     assert {PADDING, UNKNOWN} < set(field(data, "device"))  # a null, and a value too rare
     assert PADDING in field(data, "region")
-    assert ORACLE not in origin
+    assert not {ORACLE, *LOGGED} & set(origin)
 
 
 def joined(raw: RawTables, root: Path) -> tuple[Joined, pa.Table, list[list[int]]]:

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import log_loss, roc_auc_score
 
-from components.common.artifacts import write_json
+from components.common.artifacts import file_hash, write_json
 from components.common.dataset import UNSEEN, Dataset
 from components.release import evaluate, slices, statistics
 from components.release.measures import EvaluateConfig
@@ -400,3 +401,22 @@ def test_a_shown_item_brings_what_is_known_of_it(data, unseen, checkpoint) -> No
     found = evaluate.predict_shown(model, data, unseen, own, shown)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
     assert not np.allclose(found, evaluate.predict(model, data, (start, end)), atol=1e-3)
+
+
+def test_slates_are_put_into_the_new_order(tmp_path, raw, write_dataset, save_model, champion) -> None:
+    """Each two rows are a slate; the log put either of them first as often."""
+    folder = write_dataset(tmp_path / "slates", replace(raw, propensity=np.full(len(raw.label), 0.5, np.float32)))
+    columns = load_file(folder / "rows.safetensors")
+    row = torch.arange(len(raw.label))
+    save_file(columns | {"position": row % 2 + 1, "slate": row // 2 - 7}, folder / "rows.safetensors")
+    facts = json.loads((folder / "dataset.json").read_text())
+    write_json(folder / "dataset.json", facts | {"data_sha256": file_hash(folder / "rows.safetensors")})
+    data = Dataset.open(folder)
+    mine = save_model(tmp_path / "mine", data.encoder, data.catalog, data.facts["data_sha256"])
+    earned = evaluate.run(CONFIG, "qin", mine, folder, champion, tmp_path / "qin")["policy"]
+    start, end = data.splits["test"]
+    first, second = evaluate.predict(load_checkpoint(mine), data, (start, end)).reshape(-1, 2).T
+    kept = first >= second  # the slates whose order stays
+    assert earned["candidates"] is None and earned["rows"] == end - start
+    assert earned["effective_rows"] == pytest.approx(2 * kept.sum())
+    assert earned["snips"]["value"] == pytest.approx(raw.label[start:end].reshape(-1, 2)[kept].mean())

@@ -66,7 +66,7 @@ class Run:
 
     def add(
         self, model: str, *references: dict[str, Any], skill: float = 1.0, cost: int = 100,
-        configuration: str = "as before", **changed: Any,
+        configuration: str = "as before", policy: dict[str, Any] | None = None, **changed: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """skill  how well the scores of the valid days follow the labels"""
         folder = self.root / "checkpoints" / model
@@ -76,7 +76,7 @@ class Run:
         found = {
             "model": model, "checkpoint_sha256": checkpoint_hash(folder), "data_sha256": "d" * 64,
             "schema_hash": "s" * 64, "configuration": configuration, "train_rows": 10_000, "cost": cost,
-            "test": figures(**changed), "slices": {}, "references": list(references),
+            "test": figures(**changed), "policy": policy, "slices": {}, "references": list(references),
         }  # fmt: skip
         self.write(model, found)
         rng = np.random.default_rng(0)
@@ -286,6 +286,38 @@ def test_each_guard_rail_rejects(nightly, changed, rule) -> None:
     decision = nightly()
     assert broken(decision) == [rule]
     assert decision["verdict"] == "reject"
+
+
+def earned(value: float, half: float) -> dict[str, Any]:
+    """The off-policy view as `evaluate` gives it: what the model earns more than the champion."""
+    return {"value": 0.2, "difference": {"value": value, "se": half / 2, "low": value - half, "high": value + half}}
+
+
+def test_a_proven_loss_of_clicks_rejects(nightly) -> None:
+    for value, half, passed in ((-0.03, 0.015, False), (-0.03, 0.025, True), (-0.008, 0.001, True), (0.5, 0.1, True)):
+        nightly.add("qin", reference(), policy=earned(value, half))
+        decision = nightly()
+        (rule,) = [rule for rule in decision["candidates"]["qin"]["rules"] if rule["rule"] == "policy_loss"]
+        assert (rule["value"], rule["limit"], rule["passed"]) == (-value, 0.01, passed)
+        assert rule["interval"] == pytest.approx([-value - half, -value + half])
+        assert (decision["verdict"] == "approve") is passed and not decision["no_propensities"]
+    assert "clicks a row less than the champion's ranking" in rule["why"]
+
+
+def test_a_gain_of_clicks_promotes_nothing(nightly) -> None:
+    nightly.add("qin", reference(0.0), configuration="another", policy=earned(0.1, 0.01))
+    assert broken(nightly()) == ["better than the champion"]
+
+
+def test_without_propensities_or_limit_the_clicks_are_not_judged(nightly) -> None:
+    nightly.add("qin", reference())
+    decision = nightly()
+    assert decision["no_propensities"] and decision["verdict"] == "approve"
+    assert decision["reasons"][-1].startswith("gate.max_policy_loss is not judged: the test rows have no propensities")
+    nightly.add("qin", reference(), policy=earned(-0.5, 0.01))
+    decision = nightly(replace(CONFIG, max_policy_loss=None))
+    assert "policy_loss" not in [rule["rule"] for rule in decision["candidates"]["qin"]["rules"]]
+    assert decision["left_out"] == ["max_policy_loss"] and decision["verdict"] == "approve"
 
 
 def test_a_slice_that_is_too_small_says_so_and_is_no_pass(nightly) -> None:
