@@ -45,7 +45,7 @@ def write(
         "## Data\n", _table(["what", "value"], _data(evaluation, shipped, data)),
         "## Model\n", _table(["setting", "value"], _settings(decision, shipped)),
         "## Figures\n", _measured_on(decision, evaluation),
-        _table(["figure", "value", "95% interval"], _figures(evaluation["test"])),
+        _table(["figure", "value", "95% interval"], _figures(evaluation)),
         *_versions(evaluation),
         "## Slices\n", _table(*_slices(evaluation)),
         "## Decision\n", _list(decision["reasons"] + decision["shipped"]["reasons"]),
@@ -100,12 +100,17 @@ def _measured_on(decision: dict[str, Any], evaluation: dict[str, Any]) -> str:
     return said
 
 
-def _figures(test: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _figures(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    test = evaluation["test"]
     for name, words in NAMES.items():
         if test.get(name) is not None:
             yield words, f"{test[name]:.4f}", _between(test["intervals"].get(name))
     if "oracle_auc" in test:
         yield "AUC of the simulator's own click rates, the ceiling", f"{test['oracle_auc']:.4f}", ""
+    if earned := evaluation.get("policy"):
+        yield "clicks a row that it would earn, off-policy", f"{earned['value']:.4f}", _gain(earned)[1]
+        logged = earned["logged"]
+        yield "clicks a row as logged", f"{logged['value']:.4f}", _gain(logged)[1]
 
 
 def _versions(evaluation: dict[str, Any]) -> Iterator[str]:

@@ -120,6 +120,7 @@ def _evaluation(family: str, judged: str) -> dict[str, object]:
                           "calibration_error": [0.02, 0.06]}}  # fmt: skip
     return {
         "model": family, "checkpoint_sha256": judged, "test": test,
+        "policy": beside | {"value": 0.3123, "low": 0.3, "high": 0.32, "logged": beside},
         "slices": {"new items": {"rows": 4, "auc": 0.6012}, "history 0": {"rows": 2, "auc": None}},
         "references": [{"version": "v0.0.7", "test": {"auc": 0.7}, "difference": {"auc": beside},
                         "slices": {"new items": beside, "history 0": None}}],

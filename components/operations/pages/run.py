@@ -32,6 +32,7 @@ def page(found: dict[str, Any], day: str | None) -> str:
         against=list(against(found)),
         quality=list(quality(found)),
         slices=list(slices(found)),
+        earned=list(earned(found)),
         models=tables.models_table(found),
         calibration=tables.calibration_table(found),
         slices_table=tables.slices_table(found),
@@ -141,6 +142,28 @@ def against(found: dict[str, Any]) -> Iterator[Plot]:
         rows.append(Interval("oracle", "ceiling of any model", any_metrics["test"]["oracle_auc"], kind="old"))
     if rows:
         yield Plot("AUC on the test days", forest(rows, "AUC"), "With 95% intervals; users are the units.")
+
+
+def earned(found: dict[str, Any]) -> Iterator[Plot]:
+    """What each ranking would have earned, by the off-policy view, where the rows tell their propensities."""
+    told = {model: metrics["policy"] for model, metrics in found["evaluate"].items() if metrics.get("policy")}
+    if not told:
+        return
+    rows = [
+        _clicks(model, f"{one['effective_rows']:,.0f} effective rows", one, f"s{place % 3}")
+        for place, (model, one) in enumerate(told.items())
+    ]
+    one = next(iter(told.values()))
+    if champion := one["champion"]:
+        note = f"{champion['effective_rows']:,.0f} effective rows"
+        rows.append(_clicks(f"champion {champion['version']}", note, champion, "old"))
+    rows.append(_clicks("as logged", f"{one['rows']:,} rows", one["logged"], "old"))
+    note = "An estimate from logged clicks, doubly robust, with 95% intervals. It is no reason to promote."
+    yield Plot("Clicks a row that the ranking would earn", forest(rows, "clicks a row"), note)
+
+
+def _clicks(label: str, note: str, told: dict[str, Any], kind: str) -> Interval:
+    return Interval(label, note, told["value"], told["low"], told["high"], kind=kind)
 
 
 def _auc(label: str, note: str, test: dict[str, Any], kind: str) -> Interval:

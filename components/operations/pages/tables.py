@@ -16,7 +16,8 @@ COLOURS = {
 }  # fmt: skip
 MINUS = "\N{MINUS SIGN}"
 WORDS = {">=": "\N{GREATER-THAN OR EQUAL TO}", "<=": "\N{LESS-THAN OR EQUAL TO}",
-         "lower end >=": "lower end \N{GREATER-THAN OR EQUAL TO}"}  # fmt: skip
+         "lower end >=": "lower end \N{GREATER-THAN OR EQUAL TO}",
+         "lower end <=": "lower end \N{LESS-THAN OR EQUAL TO}"}  # fmt: skip
 
 
 class Content(NamedTuple):

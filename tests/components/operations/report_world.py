@@ -44,7 +44,11 @@ def evaluation(model: str, auc: float, champion: bool) -> dict[str, Any]:
         }
         for version, of_theirs in (("v0.0.4", CHAMPION_AUC), ("v0.0.3", CHAMPION_AUC - 0.01))
     ]  # fmt: skip
-    return {"model": model, "test": test, "slices": slices, "references": theirs if champion else []}
+    earned = {
+        "rows": 1500, "effective_rows": 456.0, **difference(0.31, 0.01), "logged": difference(0.2, 0.005),
+        "champion": {"version": "v0.0.4", "effective_rows": 400.0, **difference(0.3)} if champion else None,
+    }  # fmt: skip
+    return {"model": model, "test": test, "slices": slices, "references": theirs if champion else [], "policy": earned}
 
 
 def rule(name: str, value: float | None, must_be: str, limit: Any, passed: bool | None, why: str,

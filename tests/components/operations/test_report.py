@@ -80,8 +80,9 @@ def test_the_page_and_the_terminal_have_every_figure(project, capsys, monkeypatc
                  "fitted again on all days. It has seen the days until 2026-10-07", "correlation 0.9870",
                  "qin 0.0123 -0.0077 to 0.0323"):  # fmt: skip
         assert said in page.text, said
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
     for caption in ("Difference in AUC", "AUC on the test days", "Learning curves", "Reliability on the test days",
+                    "Clicks a row that the ranking would earn", "456 effective rows",
                     "qin minus v0.0.4, AUC by slice"):  # fmt: skip
         assert caption in page.text
     ships = page.text.index("Approved")  # the verdict comes first
@@ -126,7 +127,7 @@ def test_a_run_that_got_only_so_far_has_a_report(project, parts, capsys) -> None
     assert ("0.6789" in page.text) == ("0.6789" in said) == (parts == 1)  # the valid AUC, until there is a test AUC
     assert ("0.7123" in page.text) == ("0.7123" in said) == (parts >= 2)
     assert ("0.6987" in page.text) == (parts >= 3)
-    assert page.tags.count("svg") == (0, 1, 4, 4)[parts]
+    assert page.tags.count("svg") == (0, 1, 5, 5)[parts]
 
 
 def test_nothing_run_has_a_page(project, capsys) -> None:

@@ -37,6 +37,7 @@ def test_the_card_says_what_ships_how_good_it_is_and_where_it_is_weak(world: Wor
         "# ctr-ranker:qin-1\n", "| has seen the rows until | 2026-01-11 00:00 UTC |", "| rows fitted on | 12,345 |",
         "train 20, valid 10, test 10", "| ships | the judged model, fitted again on all days |", "| train.lr | 0.001 |",
         "| AUC | 0.7123 | 0.6923 to 0.7323 |", "| calibration error | 0.0321 |",
+        "| clicks a row that it would earn, off-policy | 0.3123 | 0.3000 to 0.3200 |",
         "| v0.0.7 | 0.7000 | +0.0123 | 0.0084 to 0.0162 |", "| new items | 4 | 0.6012 | +0.0123 |",
         "| history 0 | 2 | none: one class |", "figures of the judged model", "- qin passes | all rules",
         "- it ships as judged", "weakest on new items: AUC 0.6012, and 0.7123 on all rows",

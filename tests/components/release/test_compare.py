@@ -18,6 +18,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from components.common.dataset import UNSEEN, Dataset
 from components.release import compare, evaluate, statistics
 from components.release.measures import EvaluateConfig
+from components.release.policy import PolicyConfig
 from components.release.slices import SlicesConfig
 from models.checkpoint import Checkpoint, load, save
 from models.families import build
@@ -25,8 +26,9 @@ from models.schema import PADDING, schema_hash
 from tests.components.release.runs import ENVIRONMENT, commit, dvc, git
 
 CONFIG = EvaluateConfig(
-    seed=1, bootstrap=60, calibration_bins=7, slices=SlicesConfig(history=[1], popularity=[], columns=[])
-)
+    seed=1, bootstrap=60, calibration_bins=7, slices=SlicesConfig(history=[1], popularity=[], columns=[]),
+    policy=PolicyConfig(rows=10, candidates=2),
+)  # fmt: skip
 DAYS = ("2026-01-10", "2026-01-11")  # each run tests on its own day
 FACTS = dict.fromkeys(("checkpoint_sha256", "judged_sha256", "bento", "decision_sha256", "train_until"), "x")
 
