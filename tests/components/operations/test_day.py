@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import Project
 
 DAY = "2026-01-06"
-CONFIG = {"promote": "auto", "wait_hours": 12, "when_missing": "fail", "keep_runs": 30, "keep_worktrees": 2}
+CONFIG = {"promote": "auto", "wait_hours": 12, "keep_runs": 30, "keep_worktrees": 2}
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +165,10 @@ def test_a_day_that_is_not_there_waits_then_fails_or_goes_on(project: Project) -
     project.set_params({"ingest.source": "files", "ingest.raw": str(raw), "ingest.files.events": events})
     with pytest.raises(BusyError, match=f"there is no file of {DAY}"):
         module.ready(day, 11.9)
-    with pytest.raises(ValueError, match=f"there is no file of {DAY}.*after 12 hours. Deliver it") as raised:
+    with pytest.raises(ValueError, match=f"there is no file of {DAY}.*after 12 hours. Bring it") as raised:
         module.ready(day, 12)
     assert exit_code(raised.value) == BROKEN
-    project.set_params({"run.when_missing": "go_on"})
+    project.set_params({"ingest.missing_day": "go_on"})
     assert not module.ready(day, 12)
     (raw / f"day={DAY}").mkdir()
     (raw / f"day={DAY}/clicks.csv").touch()
@@ -207,7 +207,7 @@ def test_the_exit_code_tells_whether_to_try_again(project: Project) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
-    [("promote", "yes", "write auto, ask or never"), ("when_missing", "skip", "write fail or go_on"),
+    [("promote", "yes", "write auto, ask or never"),
      ("keep_runs", 0, "at least 1"), ("wait_hours", -1, "at least 0")],
 )  # fmt: skip
 def test_a_wrong_setting_is_named(key: str, value: object, says: str) -> None:
