@@ -93,7 +93,7 @@ def test_the_worktree_shares_cache_and_remote_and_writes_nothing_elsewhere(proje
 def test_an_open_that_was_killed_is_opened_again(project: Project, at: str, when: str) -> None:
     day = Day.of(project.root, "2026-02-01")
     if day.worktree.exists():
-        git(project.root, "worktree", "remove", "--force", str(day.worktree))
+        git(project.root, "worktree", "remove", "--force", "--force", str(day.worktree))
     kill_at(project, at, "day", "open", str(day), when=when)
     module.open_(day, lambda line: None)
     assert git(day.worktree, "status", "--porcelain") == "M params.yaml"
