@@ -144,8 +144,9 @@ def at_most(rule: str, value: float | None, limit: float | None, interval: Any =
 
 def within(rule: str, value: float | None, limits: tuple[float, float] | None, interval: Any) -> Rule:
     """Fails where the whole interval lies outside: a figure of few rows may lie there by chance."""
-    known = value is not None and limits is not None and interval is not None
-    passed = known and interval[1] >= limits[0] and interval[0] <= limits[1]
+    passed = False
+    if value is not None and limits is not None and interval is not None:
+        passed = interval[1] >= limits[0] and interval[0] <= limits[1]
     return _limited(rule, value, "within", limits and list(limits), interval, passed)
 
 
