@@ -38,9 +38,9 @@ def write(root: Path, output: Path, day: str | None = None) -> dict[str, Any]:
     return found
 
 
-def run(root: Path, output: Path) -> None:
+def run(root: Path, output: Path, day: str | None = None) -> None:
     """Print the tables and write the page, whatever has run so far."""
-    found = write(root, output)
+    found = write(root, output, day)
     console = Console(highlight=False)
     for make in (tables.rules_table, tables.models_table, tables.data_table, tables.stages_table):
         if (table := make(found)).rows:

@@ -68,7 +68,7 @@ def run(root: Path, name: str | None, first: str | None, last: str | None, *, jo
         day = Day.of(root, name) if name else newest(root)
         rows = [one(day, promote, console)]
         if day.worktree.is_dir():  # `tidy` keeps the newest
-            report.run(day.worktree, day.page)
+            report.run(day.worktree, day.page, str(day))
     console.print(table(rows))
 
 

@@ -45,7 +45,9 @@ def test_the_run_ends_in_a_tag_and_a_version_that_serves(night: Project) -> None
     assert "process" in said and "of an earlier attempt was still at work" in said
     assert "v0.0.1" in said and f"{facts['rows']:,}" in said  # the closing table
     page = (night.root / f".runs/reports/{DAY}.html").read_text()
-    assert facts["model"] in page
+    assert facts["model"] in page and f"run/{DAY}" in page and 'href="index.html"' in page
+    index = (night.root / ".runs/reports/index.html").read_text()
+    assert f'<a href="{DAY}.html">{DAY}</a></td><td class="ok">promoted</td><td>v0.0.1</td>' in index
 
 
 def test_the_work_tree_is_as_it_was(night: Project) -> None:
