@@ -416,9 +416,9 @@ FAULTS = [
           raw=cells("label", on(NEWEST), 1)),
     Fault("no click at all", "stop days.label_rate", cells("label", lambda t: day_of(t) >= 0, 0)),
     Fault("a context is the label", "stop columns.tells_label",
-          append("position", lambda t: t["label"].cast(pa.string()))),
+          append("rank", lambda t: t["label"].cast(pa.string()))),
     Fault("a context nearly is the label", "stop columns.tells_label",
-          append("position", lambda t: np.where(some(700)(t), "x", np.where(t["label"].to_numpy() == 1, "a", "b")))),
+          append("rank", lambda t: np.where(some(700)(t), "x", np.where(t["label"].to_numpy() == 1, "a", "b")))),
     Fault("a context became the label today", "stop columns.tells_label", also=("stop figures.mix",),
           raw=cells("device", on(NEWEST), lambda t: np.where(t["label"].to_numpy() == 1, "phone", "tv"))),
     # ids

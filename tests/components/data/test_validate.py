@@ -396,8 +396,8 @@ def test_days_are_held_to_each_other_where_there_are_days(tmp_path: Path) -> Non
 
 def test_what_tells_the_label_of_a_timeless_source(tmp_path: Path) -> None:
     raw = timeless(jumping())
-    position = np.where(np.random.default_rng(1).random(len(raw.events)) < 0.05, 0, raw.events["label"].to_numpy())
-    events = raw.events.append_column("position", pa.array(position).cast(pa.string()))
+    rank = np.where(np.random.default_rng(1).random(len(raw.events)) < 0.05, 0, raw.events["label"].to_numpy())
+    events = raw.events.append_column("rank", pa.array(rank).cast(pa.string()))
     ingest_tables(replace(raw, events=events), tmp_path / "canonical")
     assert judged(tmp_path / "canonical").broken == {"columns.tells_label: column_values_to_be_between"}
     ingest_tables(replace(raw, events=with_column(raw.events, "label", [0] * len(events))), tmp_path / "none")

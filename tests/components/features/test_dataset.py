@@ -413,7 +413,9 @@ def test_types_are_narrow(data: Dataset, rows: list[Row]) -> None:
     assert {columns[name].dtype for name in ("label", "length", "item", "end", "user")} == {torch.uint8}
     assert int(columns["end"].max()) > 127  # no sign to lose
     assert columns["user_ids"].dtype == torch.int16 and columns["oracle"].dtype == torch.float32
-    assert data.facts["bytes_per_row"] == 5 + 1 + 1 + 1 + 1 + 1 + 4  # fields, item, end, length, label, user, oracle
+    logged = 4 + 1 + 2  # propensity, position, slate
+    # fields, item, end, length, label, user, oracle
+    assert data.facts["bytes_per_row"] == 5 + 1 + 1 + 1 + 1 + 1 + 4 + logged
     assert data.facts["clicks"] == len(data.click_log) == sum(r.label for r in rows)
 
 
