@@ -20,7 +20,7 @@ from components.training import train
 from components.training.config import TrainConfig
 from components.training.step import Step
 from components.training.warm_start import Start, tables, take_weights
-from models.checkpoint import Checkpoint, checkpoint_hash, load
+from models.checkpoint import UNCALIBRATED, Checkpoint, checkpoint_hash, load
 from models.families import FAMILIES, build
 from models.metrics import auc
 from models.schema import SPECIAL, UNKNOWN, Catalog, Encoder, Feature
@@ -91,6 +91,11 @@ def scores(model: Any, data: Dataset, rows: tuple[int, int]) -> np.ndarray:
     return score(model, data, rows)[0].sigmoid().numpy()
 
 
+def of_weights(champion: Checkpoint) -> Checkpoint:
+    """A start takes the champion's weights; what makes its logits probabilities is fitted again."""
+    return replace(champion, calibration=UNCALIBRATED)
+
+
 @pytest.mark.parametrize("model", sorted(FAMILIES))
 def test_before_its_first_step_the_model_scores_as_the_champion(world, networks, model) -> None:
     """Users, hours, tastes and tags that it never saw too: they are UNKNOWN to it. Items are the same ones here."""
@@ -103,7 +108,7 @@ def test_before_its_first_step_the_model_scores_as_the_champion(world, networks,
         "the vectors are of the same fit"
     )
     rows = data.splits["test"]
-    theirs = predict_translated(champion, data, pq.read_table(folder / UNSEEN), rows)
+    theirs = predict_translated(of_weights(champion), data, pq.read_table(folder / UNSEEN), rows)
     assert np.std(theirs) > 0.1
     np.testing.assert_allclose(scores(fresh, data, rows), theirs, atol=1e-6)
 
@@ -152,7 +157,7 @@ def test_vectors_of_another_fit_keep_their_projections(world, networks, model, w
     assert said is not None and "the vectors are of another fit: 32 items keep 100.0% of their projections" in said
     rows = data.splits["test"]
     # by its own catalog, and its own vectors
-    theirs = predict_translated(champion, data, pq.read_table(folder / UNSEEN), rows)
+    theirs = predict_translated(of_weights(champion), data, pq.read_table(folder / UNSEEN), rows)
     np.testing.assert_allclose(scores(fresh, data, rows), theirs, atol=1e-4)
 
 
@@ -195,7 +200,7 @@ def test_a_warm_run_learns_on_from_the_champion(world, config, model, capsys) ->
     champion, data = load(world.warm(model) / "checkpoint"), Dataset.open(dataset)
     start, end = data.splits["valid"]
     labels = torch.from_numpy(world.raw.label[start:end])
-    theirs = predict_translated(champion, data, pq.read_table(dataset / UNSEEN), (start, end))
+    theirs = predict_translated(of_weights(champion), data, pq.read_table(dataset / UNSEEN), (start, end))
     before = auc(labels, torch.from_numpy(theirs))
     asked = config(model, max_epochs=1, lr=1e-4)
     warm = world.run(asked, model, dataset, "warm-run", world.warm(model))
