@@ -158,16 +158,6 @@ def defined(before: str, after: str) -> Callable[[Folders], None]:
     return change
 
 
-def second_times(made: Folders) -> None:
-    """Of rows with equal times, the last created counts."""
-    for file in (made.features / "sources").iterdir():
-        table = pq.read_table(file)
-        pq.write_table(table.append_column("made", table["event_timestamp"]), file)
-    defined('timestamp_field="event_timestamp"', 'timestamp_field="event_timestamp", created_timestamp_column="made"')(
-        made
-    )
-
-
 UNKNOWN: dict[str, tuple[Callable[[Folders], None], set[str], str]] = {
     "a type": (
         rewritten("user_profile", "level", lambda n: pa.array(np.arange(n) / 7)),
@@ -184,7 +174,6 @@ UNKNOWN: dict[str, tuple[Callable[[Folders], None], set[str], str]] = {
         set(ONLINE_VIEWS),
         "the online store has enable_openai_compatible_store: True",
     ),
-    "a second time of a row": (second_times, set(ONLINE_VIEWS), "its source renames columns, or has other times"),
 }
 
 

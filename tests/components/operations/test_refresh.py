@@ -62,4 +62,4 @@ def test_new_clicks_go_live_and_the_same_ones_do_not_go_twice(project: Project) 
 
     facts, _ = refresh(project, "2026-01-07T00:00:00+00:00")
     assert not facts["published"] and "has newer data" in facts["why"]
-    assert "train" not in said
+    assert "train@" not in said
