@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.dags.test_scheduler import *  # noqa: F403 - its fixtures too
+from tests.dags.test_scheduler import *
 
 
 def test_the_run_has_a_note_with_its_figures_and_a_link_to_its_report_and_that_one_to_the_tag(
