@@ -73,13 +73,18 @@ def await_child(process: subprocess.Popen[bytes], words: str, seconds: float = 6
 
 
 def kill_stage(project: Project, day: str, stage: str, after: float, *, orphan: bool = False) -> None:
-    """SIGKILL a stage `after` seconds of its own command: all its processes, or DVC and what started it alone."""
+    """SIGKILL a stage `after` seconds of its own command: all its processes, or DVC and what started it alone.
+
+    The orphan hangs: else it might end by itself before anybody looks for it.
+    """
     process = start(project, "day", "stage", day, stage)
     command = await_child(process, f"components {stage.replace('@', ' ')} ")
     time.sleep(after)
     if not command.is_running() or command.status() == psutil.STATUS_ZOMBIE:
         process.wait()
         raise GoneError(f"{stage} was over")
+    if orphan:
+        command.suspend()
     for one in tree(process):
         if not (orphan and one.pid == command.pid):
             one.send_signal(signal.SIGKILL)
